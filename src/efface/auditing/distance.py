@@ -1,0 +1,201 @@
+"""Distances: of answers, of weights, of masks; and what forgetting cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from efface.auditing.base import Finding, Part, Subject, absent
+from efface.checkpoint import TrainedModel
+from efface.signals import softmax
+from efface.stats import bootstrap, js_distance
+
+NO_REFERENCE = "needs a retrained model to compare with; make one with efface retrain."
+
+
+@dataclass(frozen=True)
+class OutputDistance:
+    """Mean Jensen–Shannon distance (0 to 1) between the answers of the model and of retrained ones.
+
+    The floor is the mean distance between two retrained models.
+    """
+
+    part: Part
+
+    def __call__(self, subject: Subject, generator: np.random.Generator) -> Finding:
+        """The finding."""
+        name = f"js_{self.part}"
+        if not subject.references:
+            return absent(name, NO_REFERENCE, "not_estimable")
+
+        def answers(model: TrainedModel) -> npt.NDArray[np.float64]:
+            return softmax(subject.logits(model, self.part))
+
+        references = [answers(model) for model in subject.references]
+
+        def distance(p: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+            found: npt.NDArray[np.float64] = np.mean([js_distance(p, q) for q in references], 0)
+            return found
+
+        per_record = distance(answers(subject.after))
+        if len(per_record) < 2:
+            return absent(name, "needs two records at least.", "not_estimable")
+        found = bootstrap(per_record, generator)
+        pairs = [float(js_distance(p, q).mean()) for p, q in combinations(references, 2)]
+        words = {"forget": "forgotten", "retain": "retained", "test": "test"}
+        return Finding(
+            name,
+            found.value,
+            found.low,
+            found.high,
+            found.n,
+            direction="lower",
+            floor=float(np.mean(pairs)) if pairs else None,
+            original=float(distance(answers(subject.before)).mean()),
+            sentence=f"Distance of its answers on {words[self.part]} records from those of retrained "
+            f"models: {found.value:.3f} (0 equal, 1 opposite).",
+        )
+
+
+def weight_distance(a: TrainedModel, b: TrainedModel) -> float:
+    """Euclidean distance between all trainable weights of two models."""
+    other = dict(b.network.named_parameters())
+    parts = [
+        (p.detach().double() - other[n].detach().double()).square().sum()
+        for n, p in a.network.named_parameters()
+    ]
+    return float(torch.stack(parts).sum().sqrt())
+
+
+@dataclass(frozen=True)
+class WeightDistance:
+    """How far the weights moved from the original, or lie from retrained ones (‖θ − θ′‖₂).
+
+    Two retrained networks are far apart themselves (hidden units can be swapped), so the second is
+    to be read beside its floor.
+    """
+
+    to: str
+
+    def __call__(self, subject: Subject, generator: np.random.Generator) -> Finding:
+        """The finding."""
+        name = f"weight_distance_{self.to}"
+        n = sum(p.numel() for p in subject.after.network.parameters())
+        if self.to == "original":
+            value = weight_distance(subject.after, subject.before)
+            text = f"The weights lie {value:.2f} from the original's (one measurement)."
+            return Finding(name, value, n=n, direction="info", original=0.0, sentence=text)
+        if not subject.references:
+            return absent(name, NO_REFERENCE, "not_estimable")
+        references = subject.references
+        each = [weight_distance(subject.after, r) for r in references]
+        pairs = [weight_distance(a, b) for a, b in combinations(references, 2)]
+        value = float(np.mean(each))
+        return Finding(
+            name,
+            value,
+            n=n,
+            direction="info",
+            floor=float(np.mean(pairs)) if pairs else None,
+            original=float(np.mean([weight_distance(subject.before, r) for r in references])),
+            sentence=f"The weights lie {value:.2f} from retrained ones (mean over {len(each)}; no "
+            "interval: read it beside the distance between two retrained models).",
+        )
+
+
+@dataclass(frozen=True)
+class MaskIoU:
+    """Overlap (IoU) of the pruned topology with retrained models', its chance level or ceiling.
+
+    Chance is s/(2 − s) for masks of density s; the ceiling is the overlap of two retrained models.
+    """
+
+    name: str = "mask_iou"
+
+    def __call__(self, subject: Subject, generator: np.random.Generator) -> Finding:
+        """The finding."""
+        mask = subject.after.mask
+        others = [r.mask for r in subject.references if r.mask is not None]
+        if mask is None or not others:
+            return absent(self.name, "only defined between pruned models.", "undefined")
+        if self.name == "mask_iou_chance":
+            density = mask.kept / mask.total
+            value = density / (2 - density)
+            text = f"Two random masks of this density overlap by {value:.3f} on average."
+            return Finding(self.name, value, n=mask.total, direction="info", sentence=text)
+        if self.name == "mask_iou_ceiling":
+            pairs = [a.iou(b) for a, b in combinations(others, 2)]
+            if not pairs:
+                return absent(self.name, "needs two retrained models.", "not_estimable")
+            value = float(np.mean(pairs))
+            text = f"Masks of two retrained models overlap by {value:.3f}."
+            return Finding(self.name, value, n=mask.total, direction="info", sentence=text)
+        value = float(np.mean([mask.iou(other) for other in others]))
+        before = subject.before.mask
+        same = all(mask == other for other in others)
+        return Finding(
+            self.name,
+            value,
+            n=mask.total,
+            direction="higher",
+            original=float(np.mean([before.iou(o) for o in others])) if before else None,
+            sentence=f"The pruned topology overlaps with retrained models' by {value:.3f} (IoU)"
+            + (": they were given this very mask." if same else "."),
+        )
+
+
+def step_cost(model: TrainedModel, key: str, since: int = 0) -> float:
+    """Sum of a cost over the steps of a model's lineage, from the given one on."""
+    return sum(float(step.cost.get(key) or 0) for step in model.lineage[since:])
+
+
+@dataclass(frozen=True)
+class RunTime:
+    """RTE: seconds that forgetting took, or their ratio to retraining on the same machine."""
+
+    name: str = "rte_seconds"
+
+    def __call__(self, subject: Subject, generator: np.random.Generator) -> Finding:
+        """The finding."""
+        since = len(subject.before.lineage) if subject.after is not subject.before else None
+        if since is None:
+            return absent(self.name, "nothing was done to this model.", "undefined")
+        if not any(s.verb in ("forget", "retrain") for s in subject.after.lineage):
+            return absent(self.name, "the lineage holds no cost of forgetting.", "not_estimable")
+        retrained = subject.after.lineage[0].verb == "retrain"
+        seconds = step_cost(subject.after, "wall", 0 if retrained else since)
+        others = [step_cost(r, "wall") for r in subject.references]
+        mean = float(np.mean(others)) if others else None
+        if self.name == "rte_seconds":
+            return Finding(
+                self.name,
+                seconds,
+                n=1,
+                direction="lower",
+                reference=mean,
+                floor=max(others) - min(others) if len(others) > 1 else None,
+                sentence=f"Forgetting took {seconds:.1f} s (one run)"
+                + (f"; retraining {mean:.1f} s." if mean is not None else "."),
+            )
+        machines = {
+            (s.cost.get("machine"), s.cost.get("threads"))
+            for model in (subject.after, *subject.references)
+            for s in model.lineage[-1:]
+        }
+        if mean is None or len(machines) > 1:
+            why = "the retrained models were made on another machine or with other threads."
+            return absent(self.name, NO_REFERENCE if mean is None else why, "not_estimable")
+        ratio = seconds / mean
+        return Finding(
+            self.name,
+            ratio,
+            n=1,
+            direction="lower",
+            reference=1.0,
+            sentence=f"Forgetting took {ratio:.1%} of the time of retraining, on the same machine "
+            "(one run).",
+        )

@@ -1,0 +1,470 @@
+"""THE loop, and Fit: the handle on it that methods are given.
+
+Everything that must always hold lives here once: the mask, step constraints, finite losses, seeds
+by (purpose, epoch, step), counting, devices and precision, commits and resume. A method says what
+to minimise and on which records; nothing else in the package takes an optimiser step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from efface.checkpoint import TrainedModel
+from efface.data import Batch, Stream, chunks, order, uniforms
+from efface.errors import DivergedError
+from efface.journal import Journal, State
+from efface.mask import Mask
+from efface.placement import Placement, placed, preserved
+from efface.seeds import generator, seed_for, seed_torch
+from efface.task import Settings, Task
+
+History = list[dict[str, float]]
+Params = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Where a fit stands: epoch and step count from 0, ``progress`` is in [0, 1)."""
+
+    epoch: int
+    epochs: int
+    step: int
+    steps: int
+
+    @property
+    def progress(self) -> float:
+        """Fraction of all steps done."""
+        return self.step / self.steps
+
+
+class Objective(Protocol):
+    """What a fit minimises: (network, named batches, clock) → scalar."""
+
+    def __call__(self, network: nn.Module, batches: dict[str, Batch], clock: Clock, /) -> Tensor: ...
+
+
+class Constraint(Protocol):
+    """Runs around every optimiser step: ``begin`` before it, ``end`` after it."""
+
+    def begin(self, params: Params, /) -> None: ...
+    def end(self, params: Params, /) -> None: ...
+
+
+Hook = Callable[[nn.Module, Clock, History], None]
+"""Called after every epoch."""
+
+Progress = Callable[[str, int, int], None]
+"""Called after every step with the label, steps done and all steps."""
+
+
+@dataclass
+class Meter:
+    """What a command has done so far; shared by all handles derived from one fit.
+
+    ``wall_before`` and ``cpu_before`` are seconds that a killed run of the command had spent.
+    """
+
+    images: dict[str, int] = field(default_factory=dict)
+    calls: int = 0
+    wall_before: float = 0.0
+    cpu_before: float = 0.0
+    placement: str = ""
+    history: dict[str, History] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """An immutable handle on the loop, bound to a model and a seed.
+
+    Args:
+        task: Supplies data, loss, augmentation and the batch adapter.
+        seed: Every other seed derives from it.
+        device: Where to train.
+        subject: The model whose mask always holds, or None.
+        path: Purpose of this handle; wrappers give each inner method its own.
+        constraints: Run around every step, in order; the mask comes last.
+        hooks: Called after every epoch.
+        journal: Where commits go, or None.
+        progress: Called after every step, or None.
+        meter: Counts what is spent.
+
+    Example:
+        ``fit(network, objective, {"retain": Stream(split.retain)}, settings)``
+    """
+
+    task: Task
+    seed: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    subject: TrainedModel | None = None
+    path: str = "fit"
+    constraints: tuple[Constraint, ...] = ()
+    hooks: tuple[Hook, ...] = ()
+    journal: Journal | None = None
+    progress: Progress | None = None
+    meter: Meter = field(default_factory=Meter)
+
+    def with_(self, constraint: Constraint | None = None, hook: Hook | None = None) -> Fit:
+        """A new handle with a further constraint or hook."""
+        more = (constraint,) if constraint else ()
+        hooks = (hook,) if hook else ()
+        return replace(self, constraints=self.constraints + more, hooks=self.hooks + hooks)
+
+    def at(self, purpose: str) -> Fit:
+        """A new handle whose randomness is that of a purpose of its own."""
+        return replace(self, path=f"{self.path}/{purpose}")
+
+    def fresh(self, seed: int | None = None) -> nn.Module:
+        """A newly initialised network of the task; ``seed`` defaults to this fit's own."""
+        return fresh_network(self.task, self.seed if seed is None else seed)
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """A generator of its own for a purpose."""
+        return generator(self.seed, f"{self.path}/{purpose}")
+
+    def teacher(self, trained: TrainedModel) -> nn.Module:
+        """A deep, frozen copy in eval mode, on this fit's device: never shares parameters."""
+        network = copy.deepcopy(trained.network).to(self.device).eval()
+        return network.requires_grad_(False)
+
+    def logits(self, network: nn.Module, batch: Batch) -> Tensor:
+        """Logits ``[B, C]`` of a batch, through the task's adapter."""
+        return self.task.forward(network, batch.inputs)
+
+    def loss(self, network: nn.Module, batch: Batch) -> Tensor:
+        """The task's loss on a batch."""
+        return self.task.loss(self.logits(network, batch).float(), batch.targets)
+
+    def __call__(
+        self,
+        network: nn.Module,
+        objective: Objective,
+        streams: Mapping[str, Stream],
+        settings: Settings,
+        *,
+        label: str | None = None,
+    ) -> History:
+        """Train ``network`` in place.
+
+        One epoch is one pass over the *first* stream; the others start again as often as needed.
+
+        Args:
+            network: Trained in place; modes, ``requires_grad``, device and layout are left as
+                found, and so is the global random state.
+            objective: What to minimise.
+            streams: Name → stream; the batches reach the objective under these names.
+            settings: Epochs, batch size, optimiser and so on; ``epochs=0`` changes nothing.
+            label: What progress calls it.
+
+        Returns:
+            For each epoch its number, mean loss and number of steps.
+
+        Raises:
+            DivergedError: When a loss is NaN or infinite, naming epoch and step.
+        """
+        label = label or self.path
+        call = self.meter.calls
+        self.meter.calls += 1
+        if settings.epochs == 0:
+            return []
+        with preserved(network), placed(network, self.device, train=True) as placement:
+            self.meter.placement = str(placement)
+            run = _Run(self, network, objective, streams, settings, placement, label, call)
+            history = run.all_epochs()
+            if settings.bn == "recalibrate":
+                run.recalibrate()
+        self.meter.history[f"{call}:{label}"] = history
+        return history
+
+
+def fresh_network(task: Task, seed: int) -> nn.Module:
+    """A newly initialised network, a function of the seed alone; the global state is kept."""
+    with torch.random.fork_rng(devices=[]):
+        seed_torch(seed_for(seed, "init"), torch.device("cpu"))
+        return task.network()
+
+
+class _Run:
+    """One call of a fit: the state that changes while it runs."""
+
+    def __init__(
+        self,
+        fit: Fit,
+        network: nn.Module,
+        objective: Objective,
+        streams: Mapping[str, Stream],
+        settings: Settings,
+        placement: Placement,
+        label: str,
+        call: int,
+    ) -> None:
+        self.fit, self.network, self.objective = fit, network, objective
+        self.settings, self.placement, self.label, self.call = settings, placement, label, call
+        self.feeds = {name: _Feed(fit, name, s, settings) for name, s in streams.items()}
+        self.first = next(iter(self.feeds.values()))
+        self.per_epoch = self.first.length
+        self.steps = self.per_epoch * settings.epochs
+        self.everything = dict(network.named_parameters())
+        self.params = {n: p for n, p in self.everything.items() if p.requires_grad}
+        self.optimizer = _optimizer(self.params, settings)
+        self.seen_mask = fit.subject.mask if fit.subject else None
+        self.history: History = []
+        self.total, self.step = 0.0, 0
+        self.images = dict.fromkeys(self.feeds, 0)
+        self.spent = [0.0, 0.0]
+        self.started = self.committed = time.monotonic()
+        self.cpu_started = time.process_time()
+
+    def all_epochs(self) -> History:
+        """Every epoch from where the journal left off."""
+        self._resume()
+        self._keep_mask()
+        while self.step < self.steps:
+            self._epoch(self.step // self.per_epoch)
+        self._count()
+        self._commit(final=True)
+        return self.history
+
+    def _epoch(self, epoch: int) -> None:
+        _train_mode(self.network, frozen_bn=self.settings.bn == "frozen")
+        sources = {name: feed.batches(self, epoch) for name, feed in self.feeds.items()}
+        for _ in range(self.step % self.per_epoch, self.per_epoch):
+            due = {
+                name: next(sources[name])
+                for name, feed in self.feeds.items()
+                if self.step % feed.stream.period == 0
+            }
+            self.total += self._one_step(due, Clock(epoch, self.settings.epochs, self.step, self.steps))
+            self.step += 1
+            if self.fit.progress:
+                self.fit.progress(self.label, self.step, self.steps)
+            if self.fit.journal and time.monotonic() - self.committed >= self.fit.journal.seconds:
+                self._commit()
+        mean = self.total / self.per_epoch
+        self.history.append({"epoch": epoch, "loss": mean, "steps": self.per_epoch})
+        self.total = 0.0
+        clock = Clock(epoch, self.settings.epochs, self.step - 1, self.steps)
+        for hook in self.fit.hooks:
+            hook(self.network, clock, self.history)
+
+    def _one_step(self, batches: dict[str, Batch], clock: Clock) -> float:
+        fit = self.fit
+        seed_torch(seed_for(fit.seed, f"{fit.path}/noise", self.call, clock.step), fit.device)
+        for name, batch in batches.items():
+            self.images[name] += len(batch.positions)
+        rate = self.settings.lr * _schedule(self.settings, clock.progress, self.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        with self.placement.autocast():
+            loss = self.objective(self.network, batches, clock)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise DivergedError(
+                f"the loss became {value} in epoch {clock.epoch + 1}, step {clock.step + 1} "
+                f"({self.label}); use a smaller learning rate, or cap the loss that is climbed."
+            )
+        loss.backward()  # type: ignore[no-untyped-call]
+        for constraint in fit.constraints:
+            constraint.begin(self.params)
+        self.optimizer.step()
+        for constraint in fit.constraints:
+            constraint.end(self.params)
+        self._keep_mask()
+        return value
+
+    def _keep_mask(self) -> None:
+        """Pruned weights are exactly zero after every step, and their optimiser state is dropped
+        when the mask changes."""
+        mask = self.fit.subject.mask if self.fit.subject else None
+        if mask is not self.seen_mask:
+            self._clear_state(mask, self.seen_mask)
+            self.seen_mask = mask
+        if mask is not None:
+            with torch.no_grad():
+                for name, gone in mask.dropped(self.fit.device).items():
+                    self.everything[name].masked_fill_(gone, 0.0)
+
+    def _clear_state(self, *masks: Mask | None) -> None:
+        for mask in masks:
+            for name, gone in (mask.dropped(self.fit.device) if mask else {}).items():
+                for value in self.optimizer.state.get(self.everything[name], {}).values():
+                    if isinstance(value, Tensor) and value.shape == gone.shape:
+                        value.masked_fill_(gone, 0.0)
+
+    def recalibrate(self) -> None:
+        """Recompute batch-norm statistics on the first stream, weights untouched."""
+        recalibrate_bn(self.fit, self.network, self.first.stream.positions, self.settings)
+
+    # -- counting, commits, resume ------------------------------------------------------------
+
+    def _count(self) -> None:
+        """Move what this run has spent to the meter."""
+        meter = self.fit.meter
+        for name, n in self.images.items():
+            meter.images[name] = meter.images.get(name, 0) + n
+        meter.wall_before += self.spent[0]
+        meter.cpu_before += self.spent[1]
+
+    def _commit(self, final: bool = False) -> None:
+        if self.fit.journal is None:
+            return
+        names = {p: n for n, p in self.params.items()}
+        tensors = {f"network.{n}": t for n, t in self.network.state_dict().items()}
+        for param, values in self.optimizer.state.items():
+            for key, value in values.items():
+                if isinstance(value, Tensor):
+                    tensors[f"optim.{key}.{names[param]}"] = value
+        mask = self.fit.subject.mask if self.fit.subject else None
+        tensors |= {f"mask.{n}": t for n, t in (mask or {}).items()}
+        values = {
+            "step": self.step,
+            "total": self.total,
+            "history": self.history,
+            "images": self.images,
+            "wall": self.spent[0] + time.monotonic() - self.started,
+            "cpu": self.spent[1] + time.process_time() - self.cpu_started,
+            "final": final,
+        }
+        self.fit.journal.write(self.call, State(tensors, values))
+        self.committed = time.monotonic()
+
+    def _resume(self) -> None:
+        state = self.fit.journal.read(self.call) if self.fit.journal else None
+        if state is None:
+            return
+        parts: dict[str, dict[str, Tensor]] = {"network": {}, "optim": {}, "mask": {}}
+        for name, tensor in state.tensors.items():
+            kind, _, rest = name.partition(".")
+            parts[kind][rest] = tensor
+        with torch.no_grad():
+            own = self.network.state_dict()
+            for name, tensor in parts["network"].items():
+                own[name].copy_(tensor)
+        for name, tensor in parts["optim"].items():
+            key, _, param = name.partition(".")
+            self.optimizer.state[self.params[param]][key] = _like(tensor, self.params[param])
+        if self.fit.subject and parts["mask"]:
+            mask = Mask(parts["mask"])
+            if mask != self.fit.subject.mask:
+                self.fit.subject.set_mask(mask)
+            self.seen_mask = self.fit.subject.mask
+        values = state.values
+        self.step, self.total, self.history = values["step"], values["total"], values["history"]
+        self.images, self.spent = values["images"], [values["wall"], values["cpu"]]
+
+
+def _like(tensor: Tensor, param: Tensor) -> Tensor:
+    """Optimiser state on the parameter's device and in its layout."""
+    if tensor.shape != param.shape:
+        return tensor
+    return torch.empty_like(param, dtype=tensor.dtype).copy_(tensor)
+
+
+class _Feed:
+    """Batches of one stream: the index stream, cut, gathered, relabelled and augmented."""
+
+    def __init__(self, fit: Fit, name: str, stream: Stream, settings: Settings) -> None:
+        self.fit, self.name, self.stream = fit, name, stream
+        self.size = stream.batch_size or settings.batch_size
+        self.length = len(chunks(stream.positions, self.size))
+
+    def plan(self, turn: int) -> list[Tensor]:
+        """The batches of one pass."""
+        total = len(self.fit.task.records)
+        purpose = f"{self.fit.path}/{self.name}"
+        return chunks(order(self.fit.seed, purpose, turn, self.stream.positions, total), self.size)
+
+    def batches(self, run: _Run, epoch: int) -> Iterator[Batch]:
+        """Batches from the run's current step on, without end.
+
+        The first stream's passes are the epochs. Any other stream counts its own passes, from the
+        number of batches that it has supplied so far, so that a resumed run finds its place.
+        """
+        supplied = -(-run.step // self.stream.period)
+        turn, skip = divmod(supplied, self.length)
+        if self is run.first:
+            turn = epoch
+        while True:
+            yield from self._pass(turn, skip)
+            turn, skip = turn + 1, 0
+
+    def _pass(self, turn: int, skip: int) -> Iterator[Batch]:
+        task, device = self.fit.task, self.fit.device
+        plan = islice(self.plan(turn), skip, None)
+        augment = task.augment
+        if augment is not None:
+            table = uniforms(self.fit.seed, turn, 0, len(task.records), augment.draws).to(device)
+        for batch in task.records.batches(plan, device):
+            if self.stream.targets is not None:
+                labels = self.stream.targets[batch.positions].to(device)
+                batch = batch._replace(targets=labels)
+            if augment is not None:
+                batch = batch._replace(inputs=augment(batch.inputs, table[batch.positions]))
+            yield batch
+
+
+def _optimizer(params: Params, settings: Settings) -> torch.optim.Optimizer:
+    # foreach and not fused: PyTorch 2.13's fused SGD on CPU goes wrong when a gradient's layout
+    # differs from its weight's, silently.
+    common: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay}
+    weights = list(params.values())
+    if settings.optimizer == "sgd":
+        momentum = settings.momentum
+        return torch.optim.SGD(
+            weights, momentum=momentum, nesterov=momentum > 0, foreach=True, **common
+        )
+    kind = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.AdamW
+    return kind(weights, foreach=True, **common)
+
+
+def _schedule(settings: Settings, progress: float, steps: int) -> float:
+    """The learning rate at a point of the fit, as a fraction of the peak."""
+    if progress < settings.warmup:
+        return (progress + 1 / steps) / (settings.warmup + 1 / steps)
+    rest = (progress - settings.warmup) / (1 - settings.warmup) if settings.warmup < 1 else 0.0
+    if settings.schedule == "linear":
+        return 1 - rest
+    if settings.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * rest))
+    if settings.schedule == "step":
+        return 0.1 ** ((progress >= 0.5) + (progress >= 0.75))
+    return 1.0
+
+
+def batch_norms(network: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    """The network's batch-norm layers that keep running statistics."""
+    kinds = (nn.modules.batchnorm._BatchNorm,)
+    return [m for m in network.modules() if isinstance(m, kinds) and m.track_running_stats]
+
+
+def _train_mode(network: nn.Module, frozen_bn: bool) -> None:
+    network.train()
+    for layer in batch_norms(network) if frozen_bn else ():
+        layer.eval()
+
+
+def recalibrate_bn(fit: Fit, network: nn.Module, positions: Tensor, settings: Settings) -> None:
+    """Replace batch-norm statistics by plain averages over un-augmented records."""
+    layers = batch_norms(network)
+    if not layers:
+        return
+    momenta = [layer.momentum for layer in layers]
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.reset_running_stats()
+            layer.momentum = None
+            stack.callback(setattr, layer, "momentum", momentum)
+        network.train()
+        plan = chunks(positions, settings.batch_size)
+        for batch in fit.task.records.batches(plan, fit.device):
+            fit.logits(network, batch)

@@ -1,0 +1,82 @@
+"""The sidecar of a long command: the state of its fits, so that a killed command goes on.
+
+A command is a deterministic function of its inputs; its fits run in a fixed order. The journal
+keeps, per fit, either its end state or the last commit, under a key that describes the command.
+Run again, finished fits are taken from the journal and the one that was cut short goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save as save_bytes
+from torch import Tensor
+
+from efface.checkpoint import read_file
+from efface.errors import CheckpointError
+from efface.files import canonical, digest, write_atomic
+
+
+@dataclass(frozen=True)
+class State:
+    """A commit: tensors (network, optimiser, mask) and plain values (epoch, step, history, …)."""
+
+    tensors: Mapping[str, Tensor]
+    values: Mapping[str, Any]
+
+
+class Journal:
+    """A folder beside the output; removed when the command has finished.
+
+    Args:
+        folder: Where commits go.
+        key: What the command is: any JSON value. A journal of another key is thrown away.
+        seconds: Least time between two commits.
+    """
+
+    def __init__(self, folder: Path, key: Mapping[str, Any], seconds: float = 10.0) -> None:
+        self.folder = Path(folder)
+        self.key = digest(dict(key))
+        self.seconds = seconds
+
+    def start(self) -> bool:
+        """Open the journal; True when there is something to go on from."""
+        name = self.folder / "key.json"
+        try:
+            same = json.loads(name.read_text())["key"] == self.key
+        except (OSError, ValueError, KeyError, TypeError):
+            same = False
+        if not same:
+            self.clear()
+            write_atomic(name, canonical({"key": self.key}).encode())
+        return same and any(self.folder.glob("fit-*.safetensors"))
+
+    def read(self, call: int) -> State | None:
+        """The last commit of a fit, or None; a damaged one counts as none."""
+        path = self._path(call)
+        if not path.exists():
+            return None
+        try:
+            tensors, metadata = read_file(path)
+            return State(tensors, json.loads(metadata["values"]))
+        except (CheckpointError, KeyError, ValueError):
+            return None
+
+    def write(self, call: int, state: State) -> None:
+        """Commit."""
+        tensors = {name: t.detach().cpu().contiguous().clone() for name, t in state.tensors.items()}
+        write_atomic(
+            self._path(call), save_bytes(tensors, {"values": json.dumps(dict(state.values))})
+        )
+
+    def clear(self) -> None:
+        """Remove the folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _path(self, call: int) -> Path:
+        return self.folder / f"fit-{call:04d}.safetensors"

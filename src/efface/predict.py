@@ -1,0 +1,48 @@
+"""Logits once per (model, records); everything else is array arithmetic on them."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from efface.data import Records
+from efface.placement import placed, preserved
+from efface.task import Task
+
+
+def logits(
+    network: nn.Module,
+    task: Task,
+    records: Records,
+    positions: Tensor | None = None,
+    *,
+    device: torch.device | None = None,
+    batch_size: int = 500,
+) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
+    """Logits of un-augmented records, in eval mode and fp32; modes are left as found.
+
+    Args:
+        network: The network.
+        task: Supplies the batch adapter.
+        records: Training or test records.
+        positions: Which of them; all by default.
+        device: Where to compute; the CPU by default.
+        batch_size: Records per forward pass.
+
+    Returns:
+        float32 ``[n, C]``, in the order of ``positions``.
+    """
+    device = device or torch.device("cpu")
+    positions = torch.arange(len(records)) if positions is None else positions
+    parts: list[Tensor] = []
+    with preserved(network), placed(network, device, train=False), torch.inference_mode():
+        network.eval()
+        for batch in records.batches(positions.split(batch_size), device):
+            parts.append(task.forward(network, batch.inputs).float().cpu())
+    return torch.cat(parts).numpy()
+
+
+def accuracy(logits: np.ndarray, targets: np.ndarray) -> float:  # type: ignore[type-arg]
+    """Share of records whose largest logit is that of their label."""
+    return float((logits.argmax(1) == targets).mean())

@@ -1,0 +1,114 @@
+"""Unlearners: one file per method family, found by looking into this folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+import typing
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from efface.errors import MethodError, nearest
+from efface.options import check_known, convert
+from efface.sparsify import OneShot
+from efface.unlearn.ascent import GradientAscent, NegGradPlus
+from efface.unlearn.base import Chain, Masked, PruneFirst, Unlearner, check_needs, to_json
+from efface.unlearn.finetune import FineTune, L1Sparse
+from efface.unlearn.logit_off import LogitOff
+from efface.unlearn.relabel import RandomLabel
+from efface.unlearn.retrain import Retrain
+
+__all__ = [
+    "Chain",
+    "FineTune",
+    "GradientAscent",
+    "L1Sparse",
+    "LogitOff",
+    "Masked",
+    "NegGradPlus",
+    "PruneFirst",
+    "RandomLabel",
+    "Retrain",
+    "Unlearner",
+    "build",
+    "check_needs",
+    "methods",
+    "to_json",
+]
+
+ALIASES = {"ft": "finetune", "ga": "gradient-ascent", "l1": "l1-sparse"}
+
+
+@cache
+def methods() -> dict[str, type[Any]]:
+    """Name → class of every unlearner in this folder.
+
+    Raises:
+        MethodError: If two classes carry one name.
+    """
+    found: dict[str, type[Any]] = {}
+    for info in pkgutil.iter_modules(__path__):
+        module = importlib.import_module(f"{__name__}.{info.name}")
+        for value in vars(module).values():
+            own = isinstance(value, type) and value.__module__ == module.__name__
+            if own and dataclasses.is_dataclass(value) and hasattr(value, "needs"):
+                if value.name in found:
+                    raise MethodError(f"two unlearners are called {value.name!r}; rename one.")
+                found[value.name] = value
+    return dict(sorted(found.items()))
+
+
+def build(name: str, options: Mapping[str, Any] | None = None) -> Any:
+    """Make a method from its name and options (nested ones as mappings with ``"method"``).
+
+    Options may be text, as the command line gives them; they are converted and checked.
+
+    Args:
+        name: A method's name or alias.
+        options: Option → value.
+
+    Raises:
+        MethodError: For an unknown name or option (with the nearest one), a value of the wrong
+            type or out of range, or an option that is required and missing.
+
+    >>> build("ft", {"epochs": "3"})
+    FineTune(epochs=3, lr=None, bn='train')
+    """
+    known = methods() | {OneShot.name: OneShot}
+    name = ALIASES.get(name, name)
+    if name not in known:
+        raise MethodError(f"method {name!r} is unknown; {nearest(name, [*methods(), *ALIASES])}")
+    cls = known[name]
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    values = {}
+    for option, value in (options or {}).items():
+        check_known(name, option, cls)
+        hint = hints[option]
+        if hint in (Unlearner, OneShot):
+            values[option] = _nested(value, fields[option])
+        else:
+            values[option] = convert(name, option, value, hint)
+    missing = [
+        f.name
+        for f in fields.values()
+        if f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
+        and f.name not in values
+    ]
+    if missing:
+        raise MethodError(f"{name} needs {', '.join(missing)}, which only Python can give.")
+    return cls(**values)
+
+
+def _nested(value: Any, field: dataclasses.Field[Any]) -> Any:
+    """A method inside a wrapper: an object, a name, or options with or without a name."""
+    if not isinstance(value, str | Mapping):
+        return value
+    options = {"method": value} if isinstance(value, str) else dict(value)
+    inner = options.pop("method", None)
+    if inner is None and field.default_factory is not dataclasses.MISSING:
+        inner = field.default_factory().name
+    return build(str(inner), options)

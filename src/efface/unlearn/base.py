@@ -1,0 +1,201 @@
+"""The contract of an unlearner, and the wrappers that make variants of any.
+
+An unlearner is a frozen dataclass of hyper-parameters: ``method(trained, split, fit)`` edits the
+copy that it was given. Where a hyper-parameter is ``None``, the task's default holds
+(``Task(defaults=…)``), else the rule that the docstring gives.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+from efface.checkpoint import TrainedModel
+from efface.data import Stream
+from efface.errors import MethodError, NeedsError
+from efface.fitting import Fit
+from efface.mask import Mask
+from efface.sparsify import OneShot
+from efface.task import Settings, Split
+
+
+@runtime_checkable
+class Unlearner(Protocol):
+    """Turns a trained model into one that has forgotten D_f."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    paper: ClassVar[str]
+    needs: ClassVar[frozenset[str]]
+
+    def __call__(self, trained: TrainedModel, split: Split, fit: Fit, /) -> None: ...
+
+
+NEEDS: dict[str, tuple[str, str]] = {
+    "retain": ("the retain set D_r", "keep the retained records in the task's data"),
+    "forget": ("the forget set D_f", "keep the records in the task's data until they are forgotten"),
+    "class": ("a split made by class", "select with --class, or take another method"),
+    "mask": ("a pruned model", "prune it first: efface prune"),
+    "rewind": ("rewind weights", "train with --rewind EPOCH"),
+}
+
+
+def needs_of(method: Unlearner) -> frozenset[str]:
+    """What a method and everything inside it needs."""
+    inner = [value for value in vars(method).values() if isinstance(value, Unlearner)]
+    return method.needs.union(*(needs_of(m) for m in inner))
+
+
+def check_needs(method: Unlearner, trained: TrainedModel, split: Split) -> None:
+    """Check what a method needs before anything runs.
+
+    Raises:
+        NeedsError: Naming what is missing and how to get it.
+    """
+    there = {
+        "retain": len(split.retain) > 0,
+        "forget": len(split.forget) > 0,
+        "class": split.label is not None,
+        "mask": trained.mask is not None or isinstance(method, PruneFirst | Masked),
+        "rewind": trained.rewind is not None,
+    }
+    for need in sorted(needs_of(method)):
+        if not there[need]:
+            what, how = NEEDS[need]
+            raise NeedsError(f"{method.name} needs {what}, which is not there; {how}.")
+
+
+def fit_settings(
+    fit: Fit, method: Unlearner, *, epochs: int | None, lr: float | None, **more: Any
+) -> Settings:
+    """The settings of an unlearner's fit: the task's, with this method's epochs and rate.
+
+    ``None`` takes the task's default for the method, else a tenth of the training's epochs (one at
+    least) and half of its peak rate.
+    """
+    base = fit.task.fit
+    option = fit.task.option
+    if epochs is None:
+        epochs = int(option(method.name, "epochs", max(1, round(base.epochs / 10))))
+    if lr is None:
+        lr = float(option(method.name, "lr", base.lr / 2))
+    return replace(base, epochs=epochs, lr=lr, warmup=0.0, **more)
+
+
+def check_ranges(method: Any, **rules: tuple[Any, bool]) -> None:
+    """Raise for the first value that is out of range; ``name=(what it must be, whether it is)``.
+
+    Raises:
+        MethodError: Naming method, option, rule and value.
+    """
+    for option, (rule, holds) in rules.items():
+        if not holds:
+            raise MethodError(
+                f"{method.name}: {option} must be {rule}, not {getattr(method, option)!r}."
+            )
+
+
+def positive_or_none(value: float | None) -> bool:
+    """Whether a rate or the like is open or positive."""
+    return value is None or value > 0
+
+
+def to_json(method: Any) -> dict[str, Any]:
+    """A method and everything inside it as a JSON value, its name under ``"method"``."""
+    values: dict[str, Any] = {"method": method.name}
+    for f in dataclasses.fields(method):
+        value = getattr(method, f.name)
+        if isinstance(value, Mask):
+            value = {"digest": value.digest}
+        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+            value = to_json(value)
+        values[f.name] = value
+    return values
+
+
+# -- wrappers ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Masked:
+    """Install a mask, then unlearn under it.
+
+    Args:
+        inner: Any unlearner.
+        mask: Installed before; it holds from then on.
+    """
+
+    name: ClassVar[str] = "masked"
+    title: ClassVar[str] = "Under a given mask"
+    paper: ClassVar[str] = "Jia et al. 2023, §3"
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    inner: Unlearner
+    mask: Mask
+
+    def __call__(self, trained: TrainedModel, split: Split, fit: Fit) -> None:
+        """Edit ``trained`` in place."""
+        trained.set_mask(self.mask)
+        self.inner(trained, split, fit)
+
+
+def _fine_tune() -> Unlearner:
+    from efface.unlearn.finetune import FineTune
+
+    return FineTune()
+
+
+@dataclass(frozen=True)
+class PruneFirst:
+    """Prune first, then unlearn (Jia et al. 2023, §4).
+
+    The recovery after pruning sees D_r only: a deletion request is no occasion to train on the
+    records to be deleted. To prune on all data, as in the paper, prune the model beforehand.
+
+    Args:
+        pruner: How to prune.
+        inner: Any unlearner.
+    """
+
+    name: ClassVar[str] = "prune-first"
+    title: ClassVar[str] = "Prune first, then unlearn"
+    paper: ClassVar[str] = "Jia et al. 2023, §4"
+    needs: ClassVar[frozenset[str]] = frozenset({"retain"})
+
+    pruner: OneShot = field(default_factory=OneShot)
+    inner: Unlearner = field(default_factory=_fine_tune)
+
+    def __call__(self, trained: TrainedModel, split: Split, fit: Fit) -> None:
+        """Edit ``trained`` in place."""
+        self.pruner(trained, split.retain, fit.at("prune"))
+        self.inner(trained, split, fit.at("inner"))
+
+
+@dataclass(frozen=True)
+class Chain:
+    """One unlearner after another.
+
+    Args:
+        first: Runs first.
+        second: Runs on its result.
+    """
+
+    name: ClassVar[str] = "chain"
+    title: ClassVar[str] = "One after another"
+    paper: ClassVar[str] = ""
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    first: Unlearner = field(default_factory=_fine_tune)
+    second: Unlearner = field(default_factory=_fine_tune)
+
+    def __call__(self, trained: TrainedModel, split: Split, fit: Fit) -> None:
+        """Edit ``trained`` in place."""
+        self.first(trained, split, fit.at("first"))
+        self.second(trained, split, fit.at("second"))
+
+
+def streams(split: Split, *names: str, **options: Mapping[str, Any]) -> dict[str, Stream]:
+    """Streams over parts of a split: ``streams(split, "retain", "forget")``."""
+    return {name: Stream(getattr(split, name), **options.get(name, {})) for name in names}

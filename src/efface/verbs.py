@@ -1,0 +1,441 @@
+"""What one does with a model: train, adopt, prune, forget, retrain, audit.
+
+Every verb leaves its inputs as they were and returns something new; each step is recorded in the
+new model's lineage, with its cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from efface import auditing
+from efface.checkpoint import (
+    Forgotten,
+    Step,
+    TrainedModel,
+    data_facts,
+    load_weights,
+    weights_digest,
+    with_lineage,
+)
+from efface.cost import Stopwatch, versions
+from efface.errors import MethodError, NeedsError, SelectionError
+from efface.fitting import Clock, Fit, History, Progress, fresh_network
+from efface.journal import Journal
+from efface.mask import Mask
+from efface.placement import pick_device
+from efface.report import AuditResult
+from efface.sparsify import OneShot
+from efface.task import Split, Task
+from efface.unlearn import Unlearner, build, check_needs, to_json
+from efface.unlearn.retrain import train_from
+
+Like = Literal["dense", "same-mask", "rewound", "repruned"]
+
+
+class _Session:
+    """A fit bound to a model, and the step that it will have been."""
+
+    def __init__(
+        self,
+        model: TrainedModel,
+        seed: int,
+        path: str,
+        device: str,
+        progress: Progress | None,
+        journal: Journal | None,
+    ) -> None:
+        self.model, self.watch = model, Stopwatch()
+        self.parent = model.digest if model.lineage else None
+        self.fit = Fit(
+            model.task,
+            seed,
+            pick_device(device),
+            subject=model,
+            path=path,
+            progress=progress,
+            journal=journal,
+        )
+
+    def close(
+        self,
+        verb: str,
+        method: Mapping[str, Any] | None,
+        forgotten: Forgotten | None = None,
+        **detail: Any,
+    ) -> TrainedModel:
+        """Record what was done."""
+        model, fit = self.model, self.fit
+        if model.mask is not None:  # methods that never call the loop are held to it, too
+            model.set_mask(model.mask)
+        cost = self.watch.read()
+        cost["images"] = sum(fit.meter.images.values())
+        for key in ("wall", "cpu"):  # of fits that a killed run had finished or begun
+            cost[key] += getattr(fit.meter, f"{key}_before")
+        step = Step(
+            verb=verb,
+            method=method,
+            settings=_settings(model.task),
+            seed=fit.seed,
+            parent=self.parent,
+            cost=cost,
+            data=data_facts(model.task),
+            versions=versions(),
+            detail={
+                "images": dict(fit.meter.images),
+                "placement": fit.meter.placement,
+                "history": fit.meter.history,
+                **detail,
+            },
+        )
+        return with_lineage(model, step, forgotten)
+
+
+def _settings(task: Task) -> dict[str, Any]:
+    own = task.train_fn
+    routine = {"train_fn": f"{own.__module__}.{own.__qualname__}"} if own is not None else {}
+    return task.fit.to_dict() | routine
+
+
+def train(
+    task: Task,
+    *,
+    seed: int = 0,
+    rewind: int | None = None,
+    device: str = "auto",
+    progress: Progress | None = None,
+    journal: Journal | None = None,
+) -> TrainedModel:
+    """Train a model on all of a task's training records.
+
+    Args:
+        task: What to train, on what, and how.
+        seed: Every random choice derives from it; the same seed gives the same bytes on a CPU.
+        rewind: Keep the weights after this many epochs, for rewinding later.
+        device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
+        progress: Called after every step.
+        journal: Where to keep the state, so that a killed run goes on.
+
+    Returns:
+        A trained model with its lineage.
+
+    Raises:
+        DivergedError: If the loss becomes NaN or infinite.
+
+    Example:
+        >>> import torch, efface
+        >>> x = torch.randn(64, 4); y = (x[:, 0] > 0).long()
+        >>> task = efface.Task(lambda: torch.nn.Linear(4, 2), (x, y), (x, y))
+        >>> trained = efface.train(task, seed=0)
+        >>> trained.lineage[0].verb
+        'train'
+    """
+    everyone = torch.arange(len(task.records))
+    return _from_scratch(task, everyone, "train", None, seed, rewind, device, progress, journal)
+
+
+def _from_scratch(
+    task: Task,
+    positions: Tensor,
+    verb: str,
+    forgotten: Forgotten | None,
+    seed: int,
+    rewind: int | None = None,
+    device: str = "auto",
+    progress: Progress | None = None,
+    journal: Journal | None = None,
+    mask: Mask | None = None,
+    start: Mapping[str, Tensor] | None = None,
+    **detail: Any,
+) -> TrainedModel:
+    """Train from fresh (or given) weights on these records."""
+    if rewind is not None and (task.train_fn is not None or not 0 < rewind <= task.fit.epochs):
+        raise MethodError(
+            f"rewind must be one of the {task.fit.epochs} epochs of efface's own loop, "
+            f"not {rewind}."
+        )
+    network = fresh_network(task, seed)
+    if start is not None:
+        network.load_state_dict(dict(start))
+    initial = {"seed": seed, "digest": weights_digest(network.state_dict())}
+    model = TrainedModel(task, network, mask=mask, initial=initial if start is None else None)
+    session = _Session(model, seed, "train", device, progress, journal)
+
+    def keep(net: torch.nn.Module, clock: Clock, history: History) -> None:
+        if clock.epoch + 1 == rewind:
+            model.rewind = {n: t.detach().cpu().clone() for n, t in net.state_dict().items()}
+
+    fit = session.fit.with_(hook=keep) if rewind else session.fit
+    train_from(fit, network, positions, label=verb)
+    return session.close(verb, None, forgotten, **detail)
+
+
+def adopt(task: Task, weights: Mapping[str, Tensor], *, name: str = "weights") -> TrainedModel:
+    """Take in a model that was trained elsewhere.
+
+    Masks of ``torch.nn.utils.prune`` (``…_orig`` and ``…_mask`` entries) become the model's mask.
+
+    Args:
+        task: The task that it belongs to.
+        weights: Its state dict.
+        name: What errors call it.
+
+    Raises:
+        CheckpointError: If the weights are of another network.
+    """
+    plain, mask = _fold_pruned(dict(weights))
+    network = task.network()
+    load_weights(network, plain, name)
+    model = TrainedModel(task, network, mask=mask)
+    return _Session(model, 0, "adopt", "cpu", None, None).close("adopt", None)
+
+
+def _fold_pruned(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], Mask | None]:
+    keep = {}
+    for name in [n.removesuffix("_orig") for n in weights if n.endswith("_orig")]:
+        if f"{name}_mask" in weights:
+            keep[name] = weights.pop(f"{name}_mask").bool()
+            weights[name] = weights.pop(f"{name}_orig")
+    return weights, Mask(keep) if keep else None
+
+
+def prune(
+    trained: TrainedModel,
+    pruner: OneShot | None = None,
+    *,
+    seed: int = 0,
+    device: str = "auto",
+    progress: Progress | None = None,
+    journal: Journal | None = None,
+) -> TrainedModel:
+    """Prune a copy of a model and recover by training on everything that it has not forgotten.
+
+    Args:
+        trained: Left as it is.
+        pruner: How; one shot at 90 % by default.
+        seed: For the recovery.
+        device: Where to compute.
+        progress: Called after every step.
+        journal: Where to keep the state, so that a killed run goes on.
+    """
+    pruner = pruner or OneShot()
+    model = trained.copy()
+    session = _Session(model, seed, "prune", device, progress, journal)
+    pruner(model, _remaining(model), session.fit)
+    return session.close("prune", to_json(pruner), like="pruned")
+
+
+def _remaining(model: TrainedModel) -> Tensor:
+    """Positions of all records that the model has not been made to forget."""
+    everyone = torch.arange(len(model.task.records))
+    return everyone[~torch.isin(everyone, model.forgotten.positions(model.task))]
+
+
+def forget(
+    trained: TrainedModel,
+    split: Split,
+    method: Unlearner | str,
+    *,
+    seed: int = 0,
+    device: str = "auto",
+    progress: Progress | None = None,
+    journal: Journal | None = None,
+) -> TrainedModel:
+    """Make a copy of a model forget the records of a split.
+
+    What earlier requests removed stays out of D_r.
+
+    Args:
+        trained: Left as it is.
+        split: What to forget.
+        method: An unlearner, or its name.
+        seed: Every random choice derives from it.
+        device: Where to compute.
+        progress: Called after every step.
+        journal: Where to keep the state, so that a killed run goes on.
+
+    Returns:
+        A new model, with the request in its lineage.
+
+    Raises:
+        NeedsError: If the method lacks something that it needs.
+        SelectionError: If nothing is left to forget.
+
+    Example:
+        >>> import torch, efface
+        >>> x = torch.randn(64, 4); y = (x[:, 0] > 0).long()
+        >>> task = efface.Task(lambda: torch.nn.Linear(4, 2), (x, y), (x, y))
+        >>> trained = efface.train(task)
+        >>> split = efface.Split.by_ids(task, [3, 5, 8])
+        >>> after = efface.forget(trained, split, efface.unlearn.FineTune(epochs=1))
+        >>> len(after.forgotten.tags), len(trained.forgotten.tags)
+        (3, 0)
+    """
+    if isinstance(method, str):
+        method = build(method)
+    split = split.without(trained.forgotten.positions(trained.task))
+    check_needs(method, trained, split)
+    forgotten = trained.forgotten.adding(split)
+    model = trained.copy()
+    session = _Session(model, seed, "forget", device, progress, journal)
+    method(model, split, session.fit)
+    return session.close("forget", to_json(method), forgotten, split=split.sizes())
+
+
+def retrain(
+    task: Task,
+    split: Split,
+    *,
+    model: TrainedModel | None = None,
+    like: Like = "dense",
+    seed: int = 1,
+    device: str = "auto",
+    progress: Progress | None = None,
+    journal: Journal | None = None,
+) -> TrainedModel:
+    """Train a reference from fresh weights on D_r only.
+
+    Args:
+        task: The task.
+        split: What it must never have seen.
+        model: The model that the reference is for; what it had forgotten before stays out, and its
+            mask, rewind weights or pruner are what ``like`` refers to.
+        like: ``dense``; ``same-mask``: under the model's mask (which D_f has shaped); ``rewound``:
+            the same from its rewind weights; ``repruned``: dense, then pruned as the model was.
+        seed: Another than the model's, so that the two share no randomness.
+        device: Where to compute.
+        progress: Called after every step.
+        journal: Where to keep the state, so that a killed run goes on.
+
+    Raises:
+        NeedsError: If ``like`` asks for what the model does not have.
+    """
+    before = model.forgotten if model is not None else Forgotten()
+    earlier = before.positions(task)
+    split = split.without(earlier[~torch.isin(earlier, split.forget)])
+    forgotten = before.adding(split)
+    mask, start = _likeness(model, like)
+    common: dict[str, Any] = {"device": device, "progress": progress, "journal": journal}
+    fresh = _from_scratch(
+        task, split.retain, "retrain", forgotten, seed, mask=mask, start=start, like=like, **common
+    )
+    if like != "repruned":
+        return fresh
+    session = _Session(fresh, seed, "prune", device, progress, _later(journal))
+    pruner = _pruner_of(model)
+    pruner(fresh, split.retain, session.fit)
+    return session.close("prune", to_json(pruner), like=like)
+
+
+def _later(journal: Journal | None) -> Journal | None:
+    """A journal of its own for the second command in one."""
+    return journal and Journal(journal.folder / "prune", {"key": journal.key}, journal.seconds)
+
+
+def _likeness(
+    model: TrainedModel | None, like: Like
+) -> tuple[Mask | None, Mapping[str, Tensor] | None]:
+    if like == "dense":
+        return None, None
+    if model is None or model.mask is None:
+        raise NeedsError(f"--like {like} needs a pruned model to be like; give it as --model.")
+    if like == "same-mask":
+        return model.mask, None
+    if like == "repruned":
+        _pruner_of(model)
+        return None, None
+    if model.rewind is None:
+        raise NeedsError("--like rewound needs rewind weights; train with --rewind EPOCH.")
+    return model.mask, model.rewind
+
+
+def _pruner_of(model: TrainedModel | None) -> OneShot:
+    """The pruner that made a model's mask, from its lineage."""
+    steps = [s for s in (model.lineage if model else ()) if s.verb == "prune" and s.method]
+    if not steps:
+        raise NeedsError("--like repruned needs a model that efface pruned; none is in its lineage.")
+    options = dict(steps[-1].method or {})
+    pruner = build(options.pop("method"), options)
+    assert isinstance(pruner, OneShot)
+    return pruner
+
+
+def split_of(before: TrainedModel, after: TrainedModel) -> Split:
+    """The split of the last request, from the lineage: what ``after`` has forgotten and
+    ``before`` has not.
+
+    Raises:
+        SelectionError: If the two differ by no request.
+    """
+    task = after.task
+    new = after.forgotten.positions(task)
+    new = new[~torch.isin(new, before.forgotten.positions(task))]
+    if len(new) == 0:
+        raise SelectionError("the lineage of the two models differs by no request; select records.")
+    chosen = torch.zeros(len(task.records), dtype=torch.bool)
+    chosen[new] = True
+    requests = after.forgotten.requests[len(before.forgotten.requests) :]
+    selector = requests[0]["selector"] if len(requests) == 1 else {"kind": "ids", "n": len(new)}
+    return Split.of(task, chosen, selector).without(before.forgotten.positions(task))
+
+
+def audit(
+    before: TrainedModel,
+    after: TrainedModel,
+    split: Split | None = None,
+    references: Sequence[TrainedModel] = (),
+    *,
+    seed: int = 0,
+    device: str = "auto",
+    reproduce: Sequence[str] = (),
+    note: str | None = None,
+    cache: auditing.Cache | None = None,
+) -> AuditResult:
+    """Show how well a model has forgotten, beside the untouched original and retrained models.
+
+    Args:
+        before: The model before the request.
+        after: The model after it.
+        split: What was to be forgotten; by default what the lineages say.
+        references: Models retrained without D_f; two or more show the noise between retrains.
+        seed: For resampling.
+        device: Where to compute.
+        reproduce: Commands to print in the report.
+        note: A sentence to print with the result.
+        cache: Logits to share between audits of one task.
+
+    Returns:
+        Findings with intervals, and a verdict; ``.save(folder)`` writes ``audit.json`` and
+        ``report.html``.
+
+    Raises:
+        MismatchError: If the split is not what the model was made to forget, or a reference
+            differs in settings, data or mask from what it should match.
+    """
+    if split is None:
+        split = split_of(before, after)
+    earlier = before.forgotten.positions(before.task)
+    subject = auditing.Subject(
+        before,
+        after,
+        split.without(earlier),
+        tuple(references),
+        device=pick_device(device),
+        cache=cache or auditing.Cache(),
+    )
+    auditing.check_subject(subject)
+    document = auditing.examine(subject, seed=seed)
+    document["subject"]["reproduce"] = list(reproduce)
+    document["subject"]["note"] = note
+    findings, not_shown = tuple(document.pop("findings")), tuple(document.pop("not_shown"))
+    return AuditResult(findings=findings, not_shown=not_shown, **document)
+
+
+def replaced(task: Task, **fit: Any) -> Task:
+    """The task with some of its fit settings changed."""
+    return replace(task, fit=replace(task.fit, **fit))
