@@ -1,11 +1,11 @@
 """efface: make a trained network forget named records, and show how well it forgot.
 
-    task    = efface.Task(network=make_net, train=train_set, test=test_set, ids=ids)
-    trained = efface.train(task, seed=0)
-    split   = efface.Split.by_ids(task, ["p017", "p112"])
-    forgot  = efface.forget(trained, split, efface.unlearn.L1Sparse(epochs=5))
-    fresh   = efface.retrain(task, split, seed=1)
-    efface.audit(trained, forgot, split, references=[fresh]).save("audit/")
+task    = efface.Task(network=make_net, train=train_set, test=test_set, ids=ids)
+trained = efface.train(task, seed=0)
+split   = efface.Split.by_ids(task, ["p017", "p112"])
+forgot  = efface.forget(trained, split, efface.unlearn.L1Sparse(epochs=5))
+fresh   = efface.retrain(task, split, seed=1)
+efface.audit(trained, forgot, split, references=[fresh]).save("audit/")
 """
 
 from __future__ import annotations
@@ -35,7 +35,31 @@ _PLACES = {
 }
 _ROOMS = ("auditing", "datasets", "errors", "networks", "sparsify", "stats", "unlearn")
 
-__all__ = sorted([*_PLACES, *_ROOMS])  # noqa: PLE0605
+__all__ = [
+    "AuditResult",
+    "EffaceError",
+    "Fit",
+    "Mask",
+    "Settings",
+    "Split",
+    "Stream",
+    "Task",
+    "TrainedModel",
+    "adopt",
+    "audit",
+    "auditing",
+    "datasets",
+    "errors",
+    "forget",
+    "load",
+    "networks",
+    "prune",
+    "retrain",
+    "sparsify",
+    "stats",
+    "train",
+    "unlearn",
+]
 
 if TYPE_CHECKING:
     from efface import auditing, datasets, errors, networks, sparsify, stats, unlearn

@@ -263,7 +263,7 @@ def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
     except (SafetensorError, ValueError, struct.error, KeyError) as error:
         raise CheckpointError(
-            f"{path} is truncated, damaged or no safetensors file ({error}); restore it from a copy."
+            f"{path} is truncated, damaged or no safetensors file ({error}); restore it."
         ) from None
     return tensors, metadata
 
@@ -293,7 +293,9 @@ def load(path: str | Path, task: Task) -> TrainedModel:
     rewind = _take(tensors, f"{prefix}rewind.")
     _check_digest(path, "weights", weights_digest(tensors), metadata["weights_digest"])
     _check_digest(path, "mask", mask.digest if mask else "", metadata["mask_digest"])
-    _check_digest(path, "rewind", weights_digest(rewind) if rewind else "", metadata["rewind_digest"])
+    _check_digest(
+        path, "rewind", weights_digest(rewind) if rewind else "", metadata["rewind_digest"]
+    )
     network = task.network()
     load_weights(network, tensors, str(path))
     model = TrainedModel(
@@ -318,9 +320,7 @@ def _take(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name[len(prefix) :]: tensors.pop(name) for name in names}
 
 
-def _take_mask(
-    tensors: dict[str, Tensor], metadata: Mapping[str, str], prefix: str
-) -> Mask | None:
+def _take_mask(tensors: dict[str, Tensor], metadata: Mapping[str, str], prefix: str) -> Mask | None:
     shapes = json.loads(metadata["mask_shapes"])
     if not shapes:
         return None
@@ -391,7 +391,9 @@ def check_data(model: TrainedModel) -> None:
         )
 
 
-def with_lineage(model: TrainedModel, step: Step, forgotten: Forgotten | None = None) -> TrainedModel:
+def with_lineage(
+    model: TrainedModel, step: Step, forgotten: Forgotten | None = None
+) -> TrainedModel:
     """The model with a further step in its lineage (in place; returned for chaining)."""
     model.lineage = (*model.lineage, step)
     model.forgotten = forgotten or model.forgotten
@@ -402,3 +404,50 @@ def amended(model: TrainedModel, **detail: Any) -> None:
     """Add details to the last step of the lineage."""
     last = model.lineage[-1]
     model.lineage = (*model.lineage[:-1], replace(last, detail={**last.detail, **detail}))
+
+
+def describe_file(path: str | Path) -> dict[str, Any]:
+    """What a model file says of itself, without the task: lineage, sparsity, sizes, digests.
+
+    Raises:
+        CheckpointError: If it is no model file of efface.
+    """
+    tensors, metadata = read_file(path)
+    if metadata.get("schema") != SCHEMA:
+        raise CheckpointError(f"{path} was not written by efface; take it in with: efface adopt.")
+    said = metadata.pop("metadata_digest", "")
+    prefix = metadata["prefix"]
+    mask = _take_mask(tensors, metadata, prefix)
+    _take(tensors, f"{prefix}rewind.")
+    lineage = json.loads(metadata["lineage"])
+    forgotten = json.loads(metadata["forgotten"])
+    intact = (
+        digest(metadata) == said
+        and weights_digest(tensors) == metadata["weights_digest"]
+        and (mask.digest if mask else "") == metadata["mask_digest"]
+    )
+    return {
+        "task": metadata["task"],
+        "run_id": metadata["run_id"],
+        "bytes": Path(path).stat().st_size,
+        "parameters": sum(t.numel() for t in tensors.values()),
+        "weights_digest": metadata["weights_digest"],
+        "mask_digest": metadata["mask_digest"],
+        "intact": intact,
+        "sparsity": mask.sparsity if mask else 0.0,
+        "layers": mask.layers() if mask else [],
+        "forgotten": len(forgotten["tags"]),
+        "requests": len(forgotten["requests"]),
+        "lineage": [
+            {
+                "verb": step["verb"],
+                "method": (step["method"] or {}).get("method", "—"),
+                "settings": step["method"],
+                "seed": step["seed"],
+                "wall": step["cost"]["wall"],
+                "parent": step["parent"],
+                "versions": step["versions"],
+            }
+            for step in lineage
+        ],
+    }

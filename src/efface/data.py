@@ -266,7 +266,7 @@ def order(seed: int, purpose: str, epoch: int, positions: Tensor, total: int) ->
 
 def chunks(positions: Tensor, batch_size: int) -> list[Tensor]:
     """Batches of positions; a last batch of one joins the one before (batch norm needs two)."""
-    parts = list(positions.split(max(1, batch_size)))
+    parts = list(torch.split(positions, max(1, batch_size)))
     if len(parts) > 1 and len(parts[-1]) == 1:
         parts[-2:] = [torch.cat(parts[-2:])]
     return parts

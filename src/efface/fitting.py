@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import islice
 from typing import Any, Protocol
 
@@ -29,7 +30,7 @@ from efface.seeds import generator, seed_for, seed_torch
 from efface.task import Settings, Task
 
 History = list[dict[str, float]]
-Params = dict[str, Tensor]
+Params = Mapping[str, nn.Parameter]
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,19 @@ class Clock:
 class Objective(Protocol):
     """What a fit minimises: (network, named batches, clock) → scalar."""
 
-    def __call__(self, network: nn.Module, batches: dict[str, Batch], clock: Clock, /) -> Tensor: ...
+    def __call__(self, network: nn.Module, batches: dict[str, Batch], clock: Clock, /) -> Tensor:
+        """The loss of a step."""
+        ...
 
 
 class Constraint(Protocol):
     """Runs around every optimiser step: ``begin`` before it, ``end`` after it."""
 
-    def begin(self, params: Params, /) -> None: ...
-    def end(self, params: Params, /) -> None: ...
+    def begin(self, params: Params, /) -> None:
+        """Before the step: gradients are there, weights are old."""
+
+    def end(self, params: Params, /) -> None:
+        """After the step."""
 
 
 Hook = Callable[[nn.Module, Clock, History], None]
@@ -193,6 +199,15 @@ def fresh_network(task: Task, seed: int) -> nn.Module:
         return task.network()
 
 
+@cache
+def warm_up() -> None:
+    """Take one step with nothing, so that no timing holds what PyTorch loads at the first one."""
+    weight = nn.Parameter(torch.zeros(1))
+    optimizer = _optimizer({"w": weight}, Settings())
+    weight.sum().backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+
+
 class _Run:
     """One call of a fit: the state that changes while it runs."""
 
@@ -243,7 +258,9 @@ class _Run:
                 for name, feed in self.feeds.items()
                 if self.step % feed.stream.period == 0
             }
-            self.total += self._one_step(due, Clock(epoch, self.settings.epochs, self.step, self.steps))
+            self.total += self._one_step(
+                due, Clock(epoch, self.settings.epochs, self.step, self.steps)
+            )
             self.step += 1
             if self.fit.progress:
                 self.fit.progress(self.label, self.step, self.steps)
@@ -283,8 +300,7 @@ class _Run:
         return value
 
     def _keep_mask(self) -> None:
-        """Pruned weights are exactly zero after every step, and their optimiser state is dropped
-        when the mask changes."""
+        """Hold pruned weights at exactly zero; clear optimiser state where the mask changed."""
         mask = self.fit.subject.mask if self.fit.subject else None
         if mask is not self.seen_mask:
             self._clear_state(mask, self.seen_mask)
@@ -318,7 +334,7 @@ class _Run:
     def _commit(self, final: bool = False) -> None:
         if self.fit.journal is None:
             return
-        names = {p: n for n, p in self.params.items()}
+        names: dict[Tensor, str] = {p: n for n, p in self.params.items()}
         tensors = {f"network.{n}": t for n, t in self.network.state_dict().items()}
         for param, values in self.optimizer.state.items():
             for key, value in values.items():

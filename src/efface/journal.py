@@ -45,7 +45,10 @@ class Journal:
         self.seconds = seconds
 
     def start(self) -> bool:
-        """Open the journal; True when there is something to go on from."""
+        """Open the journal; True when there is something to go on from.
+
+        Nothing is written before the first commit.
+        """
         name = self.folder / "key.json"
         try:
             same = json.loads(name.read_text())["key"] == self.key
@@ -53,7 +56,6 @@ class Journal:
             same = False
         if not same:
             self.clear()
-            write_atomic(name, canonical({"key": self.key}).encode())
         return same and any(self.folder.glob("fit-*.safetensors"))
 
     def read(self, call: int) -> State | None:
@@ -69,6 +71,9 @@ class Journal:
 
     def write(self, call: int, state: State) -> None:
         """Commit."""
+        name = self.folder / "key.json"
+        if not name.exists():
+            write_atomic(name, canonical({"key": self.key}).encode())
         tensors = {name: t.detach().cpu().contiguous().clone() for name, t in state.tensors.items()}
         write_atomic(
             self._path(call), save_bytes(tensors, {"values": json.dumps(dict(state.values))})

@@ -160,7 +160,9 @@ def unpack(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(bits.astype(bool)).reshape(shape)
 
 
-def scope_names(network: nn.Module, scope: str = "weights", classifier: str | None = None) -> list[str]:
+def scope_names(
+    network: nn.Module, scope: str = "weights", classifier: str | None = None
+) -> list[str]:
     """Names of the weights that pruning may touch.
 
     Args:

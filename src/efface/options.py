@@ -27,9 +27,7 @@ def convert(owner: str, option: str, value: Any, hint: Any) -> Any:
     try:
         return TypeAdapter(hint).validate_python(value)
     except ValidationError:
-        raise MethodError(
-            f"{owner}: {option} must be {in_words(hint)}, not {value!r}."
-        ) from None
+        raise MethodError(f"{owner}: {option} must be {in_words(hint)}, not {value!r}.") from None
 
 
 def check_known(owner: str, option: str, cls: type[Any]) -> None:
@@ -96,3 +94,18 @@ def parse_sets(pairs: list[str]) -> dict[str, Any]:
                 raise MethodError(f"--set {pair!r}: {group!r} has been given a value already.")
         place[leaf] = value
     return nested
+
+
+def merged(base: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested options with others laid over them.
+
+    >>> merged({"inner": {"method": "ft", "lr": 1}}, {"inner": {"lr": 2}})
+    {'inner': {'method': 'ft', 'lr': 2}}
+    """
+    result = dict(base)
+    for name, value in more.items():
+        below = result.get(name)
+        if isinstance(below, Mapping) and isinstance(value, Mapping):
+            value = merged(below, value)
+        result[name] = value
+    return result

@@ -48,7 +48,7 @@ def pick_device(name: str = "auto") -> torch.device:
 
 def _bf16_is_fast(device: torch.device) -> bool:
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return bool(torch.cuda.is_bf16_supported())
     if device.type == "cpu":
         flags = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
         return any(getattr(torch.cpu, flag, bool)() for flag in flags)
@@ -75,12 +75,12 @@ def placed(network: nn.Module, device: torch.device, train: bool) -> Iterator[Pl
     layout = torch.channels_last if placement.channels_last else None
     network.to(device)
     if layout is not None:
-        network.to(memory_format=layout)
+        network.to(memory_format=layout)  # type: ignore[call-overload]
     try:
         yield placement
     finally:
         if layout is not None:
-            network.to(memory_format=torch.contiguous_format)
+            network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         network.to(home)
 
 
@@ -89,7 +89,8 @@ def preserved(network: nn.Module) -> Iterator[None]:
     """Leave modes, gradients and the global random state as they were found."""
     modes = {module: module.training for module in network.modules()}
     state = torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    used = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    cuda = torch.cuda.get_rng_state_all() if used else None
     try:
         yield
     finally:

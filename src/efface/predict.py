@@ -38,11 +38,11 @@ def logits(
     parts: list[Tensor] = []
     with preserved(network), placed(network, device, train=False), torch.inference_mode():
         network.eval()
-        for batch in records.batches(positions.split(batch_size), device):
+        for batch in records.batches(torch.split(positions, batch_size), device):
             parts.append(task.forward(network, batch.inputs).float().cpu())
     return torch.cat(parts).numpy()
 
 
-def accuracy(logits: np.ndarray, targets: np.ndarray) -> float:  # type: ignore[type-arg]
+def accuracy(logits: np.ndarray, targets: np.ndarray) -> float:
     """Share of records whose largest logit is that of their label."""
     return float((logits.argmax(1) == targets).mean())

@@ -266,12 +266,14 @@ class Split:
                 f"{len(unknown)} of {len(wanted)} IDs are not in the training data "
                 f"({listed(unknown)}); check the list against the task's IDs."
             )
-        repeated = sorted({record for record in wanted if wanted.count(record) > 1}) if len(
-            set(wanted)
-        ) < len(wanted) else []
+        repeated = (
+            sorted({record for record in wanted if wanted.count(record) > 1})
+            if len(set(wanted)) < len(wanted)
+            else []
+        )
         if repeated:
             raise SelectionError(
-                f"{len(repeated)} IDs are given more than once ({listed(repeated)}); list each once."
+                f"{len(repeated)} IDs are given twice ({listed(repeated)}); list each once."
             )
         chosen = torch.zeros(len(task.ids_), dtype=torch.bool)
         chosen[[place[record] for record in wanted]] = True

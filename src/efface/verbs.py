@@ -7,13 +7,12 @@ new model's lineage, with its cost.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from efface import auditing
+from efface import auditing, predict
 from efface.checkpoint import (
     Forgotten,
     Step,
@@ -25,11 +24,12 @@ from efface.checkpoint import (
 )
 from efface.cost import Stopwatch, versions
 from efface.errors import MethodError, NeedsError, SelectionError
-from efface.fitting import Clock, Fit, History, Progress, fresh_network
+from efface.fitting import Clock, Fit, History, Progress, fresh_network, warm_up
 from efface.journal import Journal
 from efface.mask import Mask
 from efface.placement import pick_device
 from efface.report import AuditResult
+from efface.signals import margin
 from efface.sparsify import OneShot
 from efface.task import Split, Task
 from efface.unlearn import Unlearner, build, check_needs, to_json
@@ -50,6 +50,7 @@ class _Session:
         progress: Progress | None,
         journal: Journal | None,
     ) -> None:
+        warm_up()
         self.model, self.watch = model, Stopwatch()
         self.parent = model.digest if model.lineage else None
         self.fit = Fit(
@@ -276,15 +277,14 @@ def forget(
         >>> len(after.forgotten.tags), len(trained.forgotten.tags)
         (3, 0)
     """
-    if isinstance(method, str):
-        method = build(method)
+    chosen: Unlearner = build(method) if isinstance(method, str) else method
     split = split.without(trained.forgotten.positions(trained.task))
-    check_needs(method, trained, split)
+    check_needs(chosen, trained, split)
     forgotten = trained.forgotten.adding(split)
     model = trained.copy()
     session = _Session(model, seed, "forget", device, progress, journal)
-    method(model, split, session.fit)
-    return session.close("forget", to_json(method), forgotten, split=split.sizes())
+    chosen(model, split, session.fit)
+    return session.close("forget", to_json(chosen), forgotten, split=split.sizes())
 
 
 def retrain(
@@ -358,7 +358,9 @@ def _pruner_of(model: TrainedModel | None) -> OneShot:
     """The pruner that made a model's mask, from its lineage."""
     steps = [s for s in (model.lineage if model else ()) if s.verb == "prune" and s.method]
     if not steps:
-        raise NeedsError("--like repruned needs a model that efface pruned; none is in its lineage.")
+        raise NeedsError(
+            "--like repruned needs a model that efface pruned; none is in its lineage."
+        )
     options = dict(steps[-1].method or {})
     pruner = build(options.pop("method"), options)
     assert isinstance(pruner, OneShot)
@@ -366,8 +368,7 @@ def _pruner_of(model: TrainedModel | None) -> OneShot:
 
 
 def split_of(before: TrainedModel, after: TrainedModel) -> Split:
-    """The split of the last request, from the lineage: what ``after`` has forgotten and
-    ``before`` has not.
+    """The split of the requests between two models, from their lineage.
 
     Raises:
         SelectionError: If the two differ by no request.
@@ -436,6 +437,14 @@ def audit(
     return AuditResult(findings=findings, not_shown=not_shown, **document)
 
 
-def replaced(task: Task, **fit: Any) -> Task:
-    """The task with some of its fit settings changed."""
-    return replace(task, fit=replace(task.fit, **fit))
+def per_record(model: TrainedModel, split: Split) -> dict[str, list[Any]]:
+    """A row per record of D_f for those who ask for it: ID, label, answer, margin."""
+    task = split.task
+    values = predict.logits(model.network, task, task.records, split.forget)
+    labels = task.records.targets[split.forget].numpy()
+    return {
+        "id": [task.ids_[i] for i in split.forget.tolist()],
+        "label": labels.tolist(),
+        "answer": values.argmax(1).tolist(),
+        "margin": [round(float(m), 4) for m in margin(values, labels)],
+    }

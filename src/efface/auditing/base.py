@@ -161,7 +161,7 @@ class Subject:
         labels = self.targets("test")
         if self.split.label is None:
             return np.ones(len(labels), dtype=bool)
-        return labels != self.split.label
+        return np.asarray(labels != self.split.label)
 
     @cached_property
     def matched_test(self) -> npt.NDArray[np.int64] | None:
@@ -187,7 +187,8 @@ class Subject:
 class Audit(Protocol):
     """A frozen dataclass; ``audit(subject, generator) → Finding``."""
 
-    def __call__(self, subject: Subject, generator: np.random.Generator, /) -> Finding: ...
+    def __call__(self, subject: Subject, generator: np.random.Generator, /) -> Finding:
+        """The finding about a subject."""
 
 
 def compared(
@@ -263,7 +264,7 @@ def _check_reference(subject: Subject, reference: TrainedModel, gone: set[str]) 
         and (mask.keys() != other.keys() or abs(mask.kept - other.kept) > 1)
     ):
         raise MismatchError(
-            f"a reference has {other.sparsity if other else 0:.1%} of its weights pruned, the model "
-            f"{mask.sparsity if mask else 0:.1%}; make one with efface retrain --like same-mask, "
+            f"a reference has {other.sparsity if other else 0:.1%} of its weights pruned, the "
+            f"model {mask.sparsity if mask else 0:.1%}; use efface retrain --like same-mask, "
             "or dense for a dense model."
         )

@@ -56,8 +56,8 @@ class OutputDistance:
             direction="lower",
             floor=float(np.mean(pairs)) if pairs else None,
             original=float(distance(answers(subject.before)).mean()),
-            sentence=f"Distance of its answers on {words[self.part]} records from those of retrained "
-            f"models: {found.value:.3f} (0 equal, 1 opposite).",
+            sentence=f"Distance of its answers on {words[self.part]} records from retrained "
+            f"models': {found.value:.3f} (0 equal, 1 opposite).",
         )
 
 

@@ -91,9 +91,9 @@ class JiaSVC:
 class HeldOutAUC:
     """Our attack: do margins of D_f lie above those of unseen records of the same classes?
 
-    The score is the margin of the true class (log-odds), which no threshold is fitted for, so
-    nothing is tested on what it was fitted on. Non-members are test records in the class proportions
-    of D_f: for a forgotten class, *inside that class*. 0.5 means that the two cannot be told apart.
+    The score is the margin of the true class (log-odds); no threshold is fitted for it, so nothing
+    is tested on what it was fitted on. Non-members are test records in the class proportions of
+    D_f: for a forgotten class, *inside that class*. 0.5 means that the two cannot be told apart.
     DeLong's interval.
     """
 
@@ -214,7 +214,10 @@ def _histograms(subject: Subject) -> dict[str, Any]:
         low, high = np.percentile(np.concatenate(list(data.values())), [0.5, 99.5])
         edges = np.linspace(low, max(high, low + 1e-3), 31)
         groups = [
-            {"label": label, "counts": np.histogram(np.clip(v, edges[0], edges[-1]), edges)[0].tolist()}
+            {
+                "label": label,
+                "counts": np.histogram(np.clip(v, edges[0], edges[-1]), edges)[0].tolist(),
+            }
             for label, v in data.items()
         ]
         panels.append({"title": title, "edges": edges.tolist(), "groups": groups})

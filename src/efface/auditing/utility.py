@@ -44,7 +44,11 @@ class Utility:
             "ra": "Share of the retained records that it gets right",
             "ta": "Share of unseen test records that it gets right",
         }
-        without = " (without the forgotten class)" if self.name == "ta" and subject.split.label is not None else ""
+        without = (
+            " (without the forgotten class)"
+            if self.name == "ta" and subject.split.label is not None
+            else ""
+        )
         text = f"{sentences[self.name]}{without}: {finding.value:.1%}"
         return _with(finding, sentence=_versus(text, finding))
 
@@ -52,7 +56,9 @@ class Utility:
 def _versus(text: str, finding: Finding) -> str:
     if finding.reference is None:
         return f"{text}; no retrained model was given to compare with."
-    return f"{text}; retrained models: {finding.reference:.1%}, the original: {finding.original:.1%}."
+    return (
+        f"{text}; retrained models: {finding.reference:.1%}, the original: {finding.original:.1%}."
+    )
 
 
 def _with(finding: Finding, **changes: Any) -> Finding:
@@ -131,7 +137,9 @@ class ForgottenClass:
             return rate(int(hits.sum()), len(hits))
 
         finding = compared(subject, self.name, measure)
-        text = f"Share of unseen records of the forgotten class still named right: {finding.value:.1%}"
+        text = (
+            f"Share of unseen records of the forgotten class still named right: {finding.value:.1%}"
+        )
         return _with(finding, sentence=_versus(text, finding))
 
 

@@ -33,8 +33,8 @@ def decide(subject: Subject) -> Verdict:
        matching test records at least: for fewer, the interval is too narrow).
 
     Above in either: under-forgotten. Else below in either: over-forgotten. The same two statistics
-    must be able to tell the untouched original from retraining; if not, nothing was there to see and
-    the word is *not measurable*, whatever the method did.
+    must be able to tell the untouched original from retraining; if not, nothing was there to see
+    and the word is *not measurable*, whatever the method did.
     """
     if not subject.references:
         return Verdict("not measurable", "No retrained model was given to compare with.")

@@ -144,8 +144,8 @@ def with_wrong_labels(task: Task, positions: Tensor, fraction: float, seed: int 
     """The task with the labels of some records replaced by wrong ones.
 
     A small network hardly remembers single records, so that after deleting random ones there is
-    nothing to see. A record with a wrong label can only be got "right" by remembering it: this makes
-    random forgetting measurable, and must be said wherever results are shown.
+    nothing to see. A record with a wrong label can only be got "right" by remembering it: this
+    makes random forgetting measurable, and must be said wherever results are shown.
 
     Args:
         task: A task whose data lies in memory.

@@ -16,7 +16,9 @@ class Criterion(Protocol):
 
     name: ClassVar[str]
 
-    def __call__(self, network: nn.Module, batches: Iterable[Batch], /) -> dict[str, Tensor]: ...
+    def __call__(self, network: nn.Module, batches: Iterable[Batch], /) -> dict[str, Tensor]:
+        """Scores by parameter name."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def select(
         return Mask({name: _keep(scores[name], sparsity) for name in scope})
     flat = torch.cat([scores[name].detach().reshape(-1).cpu().double() for name in scope])
     sizes = [scores[name].numel() for name in scope]
-    parts = _keep(flat, sparsity).split(sizes)
+    parts = torch.split(_keep(flat, sparsity), sizes)
     return Mask({n: part.reshape(scores[n].shape) for n, part in zip(scope, parts, strict=True)})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 import pkgutil
 import typing
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from functools import cache
 from typing import Any
 
 from efface.errors import MethodError, nearest
-from efface.options import check_known, convert
+from efface.options import check_known, convert, in_words
 from efface.sparsify import OneShot
 from efface.unlearn.ascent import GradientAscent, NegGradPlus
 from efface.unlearn.base import Chain, Masked, PruneFirst, Unlearner, check_needs, to_json
@@ -33,6 +34,7 @@ __all__ = [
     "Retrain",
     "Unlearner",
     "build",
+    "catalogue",
     "check_needs",
     "methods",
     "to_json",
@@ -51,9 +53,10 @@ def methods() -> dict[str, type[Any]]:
     found: dict[str, type[Any]] = {}
     for info in pkgutil.iter_modules(__path__):
         module = importlib.import_module(f"{__name__}.{info.name}")
-        for value in vars(module).values():
+        for item in vars(module).values():
+            value: Any = item
             own = isinstance(value, type) and value.__module__ == module.__name__
-            if own and dataclasses.is_dataclass(value) and hasattr(value, "needs"):
+            if own and hasattr(value, "__dataclass_fields__") and hasattr(value, "needs"):
                 if value.name in found:
                     raise MethodError(f"two unlearners are called {value.name!r}; rename one.")
                 found[value.name] = value
@@ -112,3 +115,41 @@ def _nested(value: Any, field: dataclasses.Field[Any]) -> Any:
     if inner is None and field.default_factory is not dataclasses.MISSING:
         inner = field.default_factory().name
     return build(str(inner), options)
+
+
+def catalogue(name: str | None = None) -> list[dict[str, Any]]:
+    """What each method (or the one named) is, needs and takes, for the command line and the docs.
+
+    Raises:
+        MethodError: If there is no method of that name.
+    """
+    found = methods()
+    if name is not None:
+        name = ALIASES.get(name, name)
+        if name not in found:
+            raise MethodError(f"method {name!r} is unknown; {nearest(name, [*found, *ALIASES])}")
+        found = {name: found[name]}
+    return [_entry(cls) for cls in found.values()]
+
+
+def _entry(cls: type[Any]) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    options = [
+        {"name": f.name, "type": in_words(hints[f.name]), "default": _default(f)}
+        for f in dataclasses.fields(cls)
+    ]
+    return {
+        "name": cls.name,
+        "title": cls.title,
+        "paper": cls.paper,
+        "needs": sorted(cls.needs),
+        "options": options,
+        "doc": inspect.getdoc(cls) or "",
+    }
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    if field.default is not dataclasses.MISSING:
+        return str(field.default)
+    made = field.default_factory
+    return "required" if made is dataclasses.MISSING else str(made().name)

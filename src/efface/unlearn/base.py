@@ -30,12 +30,16 @@ class Unlearner(Protocol):
     paper: ClassVar[str]
     needs: ClassVar[frozenset[str]]
 
-    def __call__(self, trained: TrainedModel, split: Split, fit: Fit, /) -> None: ...
+    def __call__(self, trained: TrainedModel, split: Split, fit: Fit, /) -> None:
+        """Edit ``trained`` in place."""
 
 
 NEEDS: dict[str, tuple[str, str]] = {
     "retain": ("the retain set D_r", "keep the retained records in the task's data"),
-    "forget": ("the forget set D_f", "keep the records in the task's data until they are forgotten"),
+    "forget": (
+        "the forget set D_f",
+        "keep the records in the task's data until they are forgotten",
+    ),
     "class": ("a split made by class", "select with --class, or take another method"),
     "mask": ("a pruned model", "prune it first: efface prune"),
     "rewind": ("rewind weights", "train with --rewind EPOCH"),

@@ -17,7 +17,9 @@ from efface.unlearn.base import check_ranges, fit_settings, positive_or_none
 
 @dataclass(frozen=True)
 class RandomLabel:
-    """Train on D_r as it is and on D_f with wrong labels (Golatkar et al. 2020; Graves et al. 2021).
+    """Train on D_r as it is and on D_f with wrong labels.
+
+    Golatkar et al. 2020; Graves et al. 2021.
 
     Every record of D_f gets one label, drawn once, never its own.
 

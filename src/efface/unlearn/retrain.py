@@ -18,9 +18,7 @@ from efface.seeds import seed_for, seed_torch
 from efface.task import Split
 
 
-def train_from(
-    fit: Fit, network: nn.Module, positions: Tensor, *, label: str = "train"
-) -> History:
+def train_from(fit: Fit, network: nn.Module, positions: Tensor, *, label: str = "train") -> History:
     """Train a network as the task trains, on these records: the loop, or the owner's routine.
 
     Raises:

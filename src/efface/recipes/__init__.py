@@ -1,0 +1,1 @@
+"""Recipes: whole experiments that write their own results."""
