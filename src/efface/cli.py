@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shlex
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -47,7 +48,10 @@ Ids = Annotated[
 ]
 Class = Annotated[int | None, typer.Option("--class", metavar="K", help="Every record of a class.")]
 Random = Annotated[
-    float | None, typer.Option("--random", metavar="F", help="A random fraction, by --seed.")
+    float | None, typer.Option("--random", metavar="F", help="A random fraction, by --split-seed.")
+]
+SplitSeed = Annotated[
+    int, typer.Option("--split-seed", help="Which random fraction --random draws.")
 ]
 Where = Annotated[
     str | None,
@@ -176,6 +180,7 @@ def forget(
     label: Class = None,
     fraction: Random = None,
     where: Where = None,
+    split_seed: SplitSeed = 0,
     sets: Sets = None,
 ) -> None:
     """Make a model forget records: by --ids, --class, --random or --where."""
@@ -183,7 +188,7 @@ def forget(
     from efface.checkpoint import load
 
     chosen = _method(method, sets)
-    select = {"ids": ids, "label": label, "fraction": fraction, "where": where}
+    select = {"ids": ids, "label": label, "fraction": fraction, "where": where, "seed": split_seed}
     _check_selection(select)
     key: dict[str, Any] = {
         "verb": "forget",
@@ -195,7 +200,7 @@ def forget(
 
     def work(common: dict[str, Any]) -> TrainedModel:
         loaded = load(model, _task(task))
-        return verbs.forget(loaded, _split(loaded.task, select, run.seed), chosen, **common)
+        return verbs.forget(loaded, _split(loaded.task, select), chosen, **common)
 
     _make(run, out, key, work)
 
@@ -211,13 +216,14 @@ def retrain(
     label: Class = None,
     fraction: Random = None,
     where: Where = None,
+    split_seed: SplitSeed = 0,
     sets: Sets = None,
 ) -> None:
     """Train a reference from fresh weights without the records: the gold standard."""
     from efface import verbs
     from efface.checkpoint import load
 
-    select = {"ids": ids, "label": label, "fraction": fraction, "where": where}
+    select = {"ids": ids, "label": label, "fraction": fraction, "where": where, "seed": split_seed}
     _check_selection(select)
     if like not in ("dense", "same-mask", "rewound", "repruned"):
         raise InputError(f"--like {like!r}: must be dense, same-mask, rewound or repruned.")
@@ -233,10 +239,7 @@ def retrain(
     def work(common: dict[str, Any]) -> TrainedModel:
         loaded = load(model, _task(task, sets)) if model else None
         made = loaded.task if loaded else _task(task, sets)
-        # a random selection is the one that forget drew with the same --seed; training has another
-        split = _split(made, select, run.seed)
-        common["seed"] = run.seed + 1
-        return verbs.retrain(made, split, model=loaded, like=like, **common)  # type: ignore[arg-type]
+        return verbs.retrain(made, _split(made, select), model=loaded, like=like, **common)  # type: ignore[arg-type]
 
     _make(run, out, key, work)
 
@@ -253,6 +256,7 @@ def audit(
     label: Class = None,
     fraction: Random = None,
     where: Where = None,
+    split_seed: SplitSeed = 0,
     tier: Annotated[
         int | None, typer.Option(help="0: no references; 1: with retrained ones.")
     ] = None,
@@ -275,10 +279,8 @@ def audit(
     made = _task(task)
     models = [load(path, made) for path in (before, after, *(reference or ()))]
     references = models[2:] if tier != 0 else []
-    select = {"ids": ids, "label": label, "fraction": fraction, "where": where}
-    given = any(value is not None for value in select.values())
-    split = _split(made, select, run.seed) if given else None
-    commands = ["efface " + " ".join(sys.argv[1:])] if sys.argv[1:] else []
+    select = {"ids": ids, "label": label, "fraction": fraction, "where": where, "seed": split_seed}
+    split = _split(made, select) if _chosen(select) else None
     result = verbs.audit(
         models[0],
         models[1],
@@ -286,7 +288,7 @@ def audit(
         references,
         seed=run.seed,
         device=run.device,
-        reproduce=commands,
+        reproduce=[_command(made)],
     )
     rows = verbs.per_record(models[1], split or verbs.split_of(models[0], models[1]))
     result.save(out, rows if per_record else None, force=run.force)
@@ -374,15 +376,18 @@ def _method(name: str, sets: list[str] | None) -> Any:
     return build(name, merged(options, parse_sets(sets or [])))
 
 
+def _chosen(select: dict[str, Any]) -> list[str]:
+    return [name for name, value in select.items() if value is not None and name != "seed"]
+
+
 def _check_selection(select: dict[str, Any]) -> None:
-    given = [name for name, value in select.items() if value is not None]
-    if len(given) != 1:
+    if len(_chosen(select)) != 1:
         raise InputError(
             "say what to forget with exactly one of --ids, --class, --random, --where."
         )
 
 
-def _split(task: Task, select: dict[str, Any], seed: int) -> Split:
+def _split(task: Task, select: dict[str, Any]) -> Split:
     from efface.task import Split
 
     _check_selection(select)
@@ -391,8 +396,21 @@ def _split(task: Task, select: dict[str, Any], seed: int) -> Split:
     if select["label"] is not None:
         return Split.by_class(task, select["label"])
     if select["fraction"] is not None:
-        return Split.random(task, select["fraction"], seed)
+        return Split.random(task, select["fraction"], select["seed"])
     return Split.where(task, select["where"])
+
+
+def _command(task: Task) -> str:
+    """This command line as a shell takes it, without values that identify people."""
+    from efface.where import redacted
+
+    words = ["efface", *sys.argv[1:]]
+    for i, word in enumerate(words[1:], 1):
+        if words[i - 1] == "--where":
+            words[i] = redacted(word, task.private)
+        elif word.startswith("--where="):
+            words[i] = "--where=" + redacted(word.removeprefix("--where="), task.private)
+    return shlex.join(words)
 
 
 def _digest(path: Path | None) -> str:

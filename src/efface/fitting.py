@@ -85,7 +85,8 @@ class Meter:
     wall_before: float = 0.0
     cpu_before: float = 0.0
     placement: str = ""
-    history: dict[str, History] = field(default_factory=dict)
+    fits: list[dict[str, Any]] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,7 @@ class Fit:
             history = run.all_epochs()
             if settings.bn == "recalibrate":
                 run.recalibrate()
-        self.meter.history[f"{call}:{label}"] = history
+        self.meter.fits.append({"label": label, **settings.to_dict(), "history": history})
         return history
 
 
@@ -264,14 +265,15 @@ class _Run:
             self.step += 1
             if self.fit.progress:
                 self.fit.progress(self.label, self.step, self.steps)
-            if self.fit.journal and time.monotonic() - self.committed >= self.fit.journal.seconds:
-                self._commit()
+            if self.step % self.per_epoch:  # the last step's commit waits for history and hooks
+                self._commit_when_due()
         mean = self.total / self.per_epoch
         self.history.append({"epoch": epoch, "loss": mean, "steps": self.per_epoch})
         self.total = 0.0
         clock = Clock(epoch, self.settings.epochs, self.step - 1, self.steps)
         for hook in self.fit.hooks:
             hook(self.network, clock, self.history)
+        self._commit_when_due()
 
     def _one_step(self, batches: dict[str, Batch], clock: Clock) -> float:
         fit = self.fit
@@ -330,6 +332,11 @@ class _Run:
             meter.images[name] = meter.images.get(name, 0) + n
         meter.wall_before += self.spent[0]
         meter.cpu_before += self.spent[1]
+
+    def _commit_when_due(self) -> None:
+        journal = self.fit.journal
+        if journal and time.monotonic() - self.committed >= journal.seconds:
+            self._commit()
 
     def _commit(self, final: bool = False) -> None:
         if self.fit.journal is None:

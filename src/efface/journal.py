@@ -17,7 +17,7 @@ from typing import Any
 from safetensors.torch import save as save_bytes
 from torch import Tensor
 
-from efface.checkpoint import read_file
+from efface.checkpoint import read_file, weights_digest
 from efface.errors import CheckpointError
 from efface.files import canonical, digest, write_atomic
 
@@ -58,30 +58,32 @@ class Journal:
             self.clear()
         return same and any(self.folder.glob("fit-*.safetensors"))
 
-    def read(self, call: int) -> State | None:
-        """The last commit of a fit, or None; a damaged one counts as none."""
+    def read(self, call: int | str) -> State | None:
+        """The last commit of a fit (or what was kept under a name); None if absent or damaged."""
         path = self._path(call)
         if not path.exists():
             return None
         try:
             tensors, metadata = read_file(path)
+            if weights_digest(tensors) != metadata["digest"]:
+                return None
             return State(tensors, json.loads(metadata["values"]))
         except (CheckpointError, KeyError, ValueError):
             return None
 
-    def write(self, call: int, state: State) -> None:
-        """Commit."""
+    def write(self, call: int | str, state: State) -> None:
+        """Commit a fit's state, or keep something else under a name."""
         name = self.folder / "key.json"
         if not name.exists():
             write_atomic(name, canonical({"key": self.key}).encode())
         tensors = {name: t.detach().cpu().contiguous().clone() for name, t in state.tensors.items()}
-        write_atomic(
-            self._path(call), save_bytes(tensors, {"values": json.dumps(dict(state.values))})
-        )
+        metadata = {"values": json.dumps(dict(state.values)), "digest": weights_digest(tensors)}
+        write_atomic(self._path(call), save_bytes(tensors, metadata))
 
     def clear(self) -> None:
         """Remove the folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _path(self, call: int) -> Path:
-        return self.folder / f"fit-{call:04d}.safetensors"
+    def _path(self, call: int | str) -> Path:
+        name = call if isinstance(call, str) else f"fit-{call:04d}"
+        return self.folder / f"{name}.safetensors"

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from efface.data import Augment, Records, as_records, as_strings, fingerprint
 from efface.errors import SelectionError, TaskError, listed, nearest
 from efface.seeds import generator
-from efface.where import evaluate
+from efface.where import evaluate, redacted
 
 
 @dataclass(frozen=True)
@@ -172,6 +172,12 @@ class Task:
         return as_strings(values)
 
     @property
+    def private(self) -> set[str]:
+        """Columns that identify people or records: their values are never written down."""
+        named = {c for c in (self.ids, self.subjects) if isinstance(c, str)}
+        return {"id", "subject", *named}
+
+    @property
     def positional(self) -> bool:
         """Whether records are known only by their position."""
         return self.ids is None
@@ -205,13 +211,14 @@ class Task:
             columns["subject"] = np.asarray(self.subjects_)
         return columns
 
-    def option(self, method: str, name: str, fallback: Any) -> Any:
-        """The task's value for an option that a method leaves open, else the fallback."""
-        return self.defaults.get(method, {}).get(name, fallback)
-
 
 def _length(dataset: Any) -> int:
     """Records in a data set, in any of the forms that a task takes."""
+    if not hasattr(dataset, "__len__"):
+        raise TaskError(
+            f"{type(dataset).__name__} is not a map-style data set; give one with __len__ and "
+            "__getitem__ that returns (input, target)."
+        )
     return len(dataset[1]) if isinstance(dataset, tuple) and len(dataset) == 2 else len(dataset)
 
 
@@ -320,7 +327,8 @@ class Split:
             SelectionError: If it cannot be parsed, names an unknown column, or matches nothing.
         """
         chosen = torch.from_numpy(evaluate(expression, task.table()))
-        return cls.of(task, chosen, {"kind": "where", "expression": expression})
+        safe = redacted(expression, task.private)
+        return cls.of(task, chosen, {"kind": "where", "expression": safe})
 
     @property
     def label(self) -> int | None:

@@ -7,6 +7,7 @@ new model's lineage, with its cost.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -24,49 +25,50 @@ from efface.checkpoint import (
 )
 from efface.cost import Stopwatch, versions
 from efface.errors import MethodError, NeedsError, SelectionError
-from efface.fitting import Clock, Fit, History, Progress, fresh_network, warm_up
-from efface.journal import Journal
+from efface.fitting import Clock, Fit, History, Progress, warm_up
+from efface.journal import Journal, State
 from efface.mask import Mask
 from efface.placement import pick_device
 from efface.report import AuditResult
 from efface.signals import margin
 from efface.sparsify import OneShot
 from efface.task import Split, Task
-from efface.unlearn import Unlearner, build, check_needs, to_json
-from efface.unlearn.retrain import train_from
+from efface.unlearn import Unlearner, build, check_needs, filled, to_json
+from efface.unlearn.retrain import own_seed, train_from
 
 Like = Literal["dense", "same-mask", "rewound", "repruned"]
+
+
+@dataclass(frozen=True)
+class _How:
+    """Where a verb computes, whom it tells, and where it keeps its state."""
+
+    device: str = "auto"
+    progress: Progress | None = None
+    journal: Journal | None = None
 
 
 class _Session:
     """A fit bound to a model, and the step that it will have been."""
 
-    def __init__(
-        self,
-        model: TrainedModel,
-        seed: int,
-        path: str,
-        device: str,
-        progress: Progress | None,
-        journal: Journal | None,
-    ) -> None:
+    def __init__(self, model: TrainedModel, verb: str, seed: int, how: _How) -> None:
         warm_up()
-        self.model, self.watch = model, Stopwatch()
+        self.model, self.verb, self.seed = model, verb, seed
+        self.watch = Stopwatch()
         self.parent = model.digest if model.lineage else None
         self.fit = Fit(
             model.task,
-            seed,
-            pick_device(device),
+            own_seed(seed) if verb == "retrain" else seed,
+            pick_device(how.device),
             subject=model,
-            path=path,
-            progress=progress,
-            journal=journal,
+            path="train" if verb == "retrain" else verb,
+            progress=how.progress,
+            journal=how.journal,
         )
 
     def close(
         self,
-        verb: str,
-        method: Mapping[str, Any] | None,
+        method: Mapping[str, Any] | None = None,
         forgotten: Forgotten | None = None,
         **detail: Any,
     ) -> TrainedModel:
@@ -79,10 +81,10 @@ class _Session:
         for key in ("wall", "cpu"):  # of fits that a killed run had finished or begun
             cost[key] += getattr(fit.meter, f"{key}_before")
         step = Step(
-            verb=verb,
+            verb=self.verb,
             method=method,
             settings=_settings(model.task),
-            seed=fit.seed,
+            seed=self.seed,
             parent=self.parent,
             cost=cost,
             data=data_facts(model.task),
@@ -90,7 +92,8 @@ class _Session:
             detail={
                 "images": dict(fit.meter.images),
                 "placement": fit.meter.placement,
-                "history": fit.meter.history,
+                "fits": fit.meter.fits,
+                **fit.meter.facts,
                 **detail,
             },
         )
@@ -137,19 +140,19 @@ def train(
         'train'
     """
     everyone = torch.arange(len(task.records))
-    return _from_scratch(task, everyone, "train", None, seed, rewind, device, progress, journal)
+    how = _How(device, progress, journal)
+    return _from_scratch(task, everyone, "train", seed, how, rewind=rewind)
 
 
 def _from_scratch(
     task: Task,
     positions: Tensor,
     verb: str,
-    forgotten: Forgotten | None,
     seed: int,
+    how: _How,
+    *,
+    forgotten: Forgotten | None = None,
     rewind: int | None = None,
-    device: str = "auto",
-    progress: Progress | None = None,
-    journal: Journal | None = None,
     mask: Mask | None = None,
     start: Mapping[str, Tensor] | None = None,
     **detail: Any,
@@ -160,20 +163,41 @@ def _from_scratch(
             f"rewind must be one of the {task.fit.epochs} epochs of efface's own loop, "
             f"not {rewind}."
         )
-    network = fresh_network(task, seed)
+    session = _Session(TrainedModel(task, task.network()), verb, seed, how)
+    model = session.model = _fresh_model(session.fit, mask, start)
+    fit = replace(session.fit, subject=model)
+    if rewind:
+        fit = fit.with_(hook=_Rewind(model, rewind, how.journal))
+    train_from(fit, model.network, positions, label=verb)
+    if rewind and model.rewind is None and how.journal:
+        kept = how.journal.read("rewind")  # by the run that was killed
+        model.rewind = kept.tensors if kept else None
+    return session.close(None, forgotten, **detail)
+
+
+def _fresh_model(fit: Fit, mask: Mask | None, start: Mapping[str, Tensor] | None) -> TrainedModel:
+    network = fit.fresh()
+    initial = {"seed": fit.seed, "digest": weights_digest(network.state_dict())}
     if start is not None:
         network.load_state_dict(dict(start))
-    initial = {"seed": seed, "digest": weights_digest(network.state_dict())}
-    model = TrainedModel(task, network, mask=mask, initial=initial if start is None else None)
-    session = _Session(model, seed, "train", device, progress, journal)
+    return TrainedModel(fit.task, network, mask=mask, initial=None if start else initial)
 
-    def keep(net: torch.nn.Module, clock: Clock, history: History) -> None:
-        if clock.epoch + 1 == rewind:
-            model.rewind = {n: t.detach().cpu().clone() for n, t in net.state_dict().items()}
 
-    fit = session.fit.with_(hook=keep) if rewind else session.fit
-    train_from(fit, network, positions, label=verb)
-    return session.close(verb, None, forgotten, **detail)
+@dataclass(frozen=True)
+class _Rewind:
+    """A hook that keeps the weights after an epoch."""
+
+    model: TrainedModel
+    epoch: int
+    journal: Journal | None
+
+    def __call__(self, network: torch.nn.Module, clock: Clock, history: History) -> None:
+        if clock.epoch + 1 != self.epoch:
+            return
+        kept = {name: t.detach().cpu().clone() for name, t in network.state_dict().items()}
+        self.model.rewind = kept
+        if self.journal:
+            self.journal.write("rewind", State(kept, {}))
 
 
 def adopt(task: Task, weights: Mapping[str, Tensor], *, name: str = "weights") -> TrainedModel:
@@ -193,7 +217,7 @@ def adopt(task: Task, weights: Mapping[str, Tensor], *, name: str = "weights") -
     network = task.network()
     load_weights(network, plain, name)
     model = TrainedModel(task, network, mask=mask)
-    return _Session(model, 0, "adopt", "cpu", None, None).close("adopt", None)
+    return _Session(model, "adopt", 0, _How("cpu")).close()
 
 
 def _fold_pruned(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], Mask | None]:
@@ -226,9 +250,9 @@ def prune(
     """
     pruner = pruner or OneShot()
     model = trained.copy()
-    session = _Session(model, seed, "prune", device, progress, journal)
+    session = _Session(model, "prune", seed, _How(device, progress, journal))
     pruner(model, _remaining(model), session.fit)
-    return session.close("prune", to_json(pruner), like="pruned")
+    return session.close(to_json(pruner))
 
 
 def _remaining(model: TrainedModel) -> Tensor:
@@ -277,14 +301,14 @@ def forget(
         >>> len(after.forgotten.tags), len(trained.forgotten.tags)
         (3, 0)
     """
-    chosen: Unlearner = build(method) if isinstance(method, str) else method
+    chosen: Unlearner = filled(build(method) if isinstance(method, str) else method, trained.task)
     split = split.without(trained.forgotten.positions(trained.task))
     check_needs(chosen, trained, split)
     forgotten = trained.forgotten.adding(split)
     model = trained.copy()
-    session = _Session(model, seed, "forget", device, progress, journal)
+    session = _Session(model, "forget", seed, _How(device, progress, journal))
     chosen(model, split, session.fit)
-    return session.close("forget", to_json(chosen), forgotten, split=split.sizes())
+    return session.close(to_json(chosen), forgotten, split=split.sizes())
 
 
 def retrain(
@@ -320,16 +344,15 @@ def retrain(
     split = split.without(earlier[~torch.isin(earlier, split.forget)])
     forgotten = before.adding(split)
     mask, start = _likeness(model, like)
-    common: dict[str, Any] = {"device": device, "progress": progress, "journal": journal}
-    fresh = _from_scratch(
-        task, split.retain, "retrain", forgotten, seed, mask=mask, start=start, like=like, **common
-    )
+    how = _How(device, progress, journal)
+    options: dict[str, Any] = {"forgotten": forgotten, "mask": mask, "start": start, "like": like}
+    fresh = _from_scratch(task, split.retain, "retrain", seed, how, **options)
     if like != "repruned":
         return fresh
-    session = _Session(fresh, seed, "prune", device, progress, _later(journal))
+    session = _Session(fresh, "prune", seed, replace(how, journal=_later(journal)))
     pruner = _pruner_of(model)
     pruner(fresh, split.retain, session.fit)
-    return session.close("prune", to_json(pruner), like=like)
+    return session.close(to_json(pruner), like=like)
 
 
 def _later(journal: Journal | None) -> Journal | None:

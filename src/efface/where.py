@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,22 @@ def evaluate(expression: str, columns: Mapping[str, Column]) -> Column:
     n = len(next(iter(columns.values())))
     rows: Column = np.broadcast_to(_boolean(tree, expression, columns), (n,)).copy()
     return rows
+
+
+def redacted(expression: str, private: Collection[str]) -> str:
+    """The expression with every value that a private column is compared with left out.
+
+    >>> redacted("subject == 'p017' and age < 30", {"subject"})
+    "subject == '…' and age < 30"
+    """
+    tree = ast.parse(expression.strip(), mode="eval")
+    for node in ast.walk(tree):
+        inside = list(ast.walk(node)) if isinstance(node, ast.Compare) else []
+        if any(isinstance(part, ast.Name) and part.id in private for part in inside):
+            for part in inside:
+                if isinstance(part, ast.Constant):
+                    part.value = "…"
+    return ast.unparse(tree)
 
 
 def _refusal(expression: str, node: ast.AST) -> SelectionError:

@@ -78,7 +78,7 @@ def describe(subject: Subject, verdict: Verdict, seed: int) -> dict[str, Any]:
     return {
         "task": split.task.name,
         "selector": dict(split.selector),
-        "method": {"name": title, **method} if method else None,
+        "method": {"name": title, **_settings(method, last)} if method else None,
         "title": title,
         "asked": f"Forget {len(split.forget)} of {len(split.forget) + len(split.retain)} training "
         f"records: {_words(split.selector)}.",
@@ -97,6 +97,15 @@ def describe(subject: Subject, verdict: Verdict, seed: int) -> dict[str, Any]:
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "tier": 1 if subject.references else 0,
     }
+
+
+def _settings(method: Any, step: Any) -> dict[str, Any]:
+    """What the method was given, and what the fits that it ran were given in the end."""
+    given = {k: v for k, v in method.items() if k != "method" and v is not None}
+    fits = step.detail.get("fits") or [{}]
+    run = {k: fits[-1][k] for k in ("epochs", "lr", "batch_size") if k in fits[-1]}
+    facts = {k: v for k, v in step.detail.items() if k == "cap"}
+    return given | run | facts
 
 
 def _words(selector: Any) -> str:
@@ -137,7 +146,7 @@ def _cost(model: TrainedModel, cost: Any = None) -> dict[str, Any] | None:
     keys = ("wall", "cpu", "images", "threads", "foreign_load")
     if cost is None:
         for key in ("wall", "cpu", "images"):
-            last[key] = sum(float(s.cost.get(key) or 0) for s in model.lineage)
+            last[key] = sum(s.cost.get(key) or 0 for s in model.lineage)
     return {key: last.get(key) for key in keys}
 
 

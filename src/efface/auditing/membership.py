@@ -124,8 +124,8 @@ class HeldOutAUC:
             + ").",
             series={
                 "kind": "curve",
-                "x_label": "false alarms (unseen records called trained on)",
-                "y_label": "hits (forgotten records called trained on)",
+                "x_label": "false alarms",
+                "y_label": "hits",
                 "log_x": False,
                 "groups": groups,
             },
@@ -221,5 +221,4 @@ def _histograms(subject: Subject) -> dict[str, Any]:
             for label, v in data.items()
         ]
         panels.append({"title": title, "edges": edges.tolist(), "groups": groups})
-    label = "margin of the true class (nats): left of 0 wrong, right of 0 right and sure"
-    return {"kind": "histogram", "x_label": label, "panels": panels}
+    return {"kind": "histogram", "x_label": "margin (nats); below 0 wrong", "panels": panels}

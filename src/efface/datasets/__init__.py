@@ -34,7 +34,13 @@ __all__ = [
 
 # Chosen on proxy forget sets (classes and records other than the demo's), never on the demo's own
 # references: benchmarks/proxy_defaults.py, results in docs/results/proxy-defaults/.
-DIGITS_DEFAULTS: dict[str, dict[str, Any]] = {}
+DIGITS_DEFAULTS: dict[str, dict[str, Any]] = {
+    "finetune": {"epochs": 3, "lr": 0.1},
+    "l1-sparse": {"alpha": 1e-2, "epochs": 4, "lr": 0.1},
+    "gradient-ascent": {"epochs": 5, "lr": 0.03},
+    "neggrad-plus": {"epochs": 3, "lr": 0.1},
+    "random-label": {"epochs": 3, "lr": 0.05},
+}
 CIFAR10_DEFAULTS: dict[str, dict[str, Any]] = {}
 
 

@@ -15,7 +15,15 @@ from efface.errors import MethodError, nearest
 from efface.options import check_known, convert, in_words
 from efface.sparsify import OneShot
 from efface.unlearn.ascent import GradientAscent, NegGradPlus
-from efface.unlearn.base import Chain, Masked, PruneFirst, Unlearner, check_needs, to_json
+from efface.unlearn.base import (
+    Chain,
+    Masked,
+    PruneFirst,
+    Unlearner,
+    check_needs,
+    filled,
+    to_json,
+)
 from efface.unlearn.finetune import FineTune, L1Sparse
 from efface.unlearn.logit_off import LogitOff
 from efface.unlearn.relabel import RandomLabel
@@ -36,6 +44,7 @@ __all__ = [
     "build",
     "catalogue",
     "check_needs",
+    "filled",
     "methods",
     "to_json",
 ]

@@ -30,8 +30,12 @@ def pick_cap(given: float | None, trained: TrainedModel, split: Split, fit: Fit)
     The one given; else 8 where D_r holds no record of the classes in D_f; else the loss on the
     task's validation records, which were never trained on; else, without any, ln(classes)/2.
     """
-    if given is not None:
-        return given
+    cap = given if given is not None else _natural_cap(trained, split, fit)
+    fit.meter.facts["cap"] = cap
+    return cap
+
+
+def _natural_cap(trained: TrainedModel, split: Split, fit: Fit) -> float:
     targets = fit.task.records.targets
     if not torch.isin(targets[split.retain], targets[split.forget]).any():
         return CLASS_CAP
@@ -84,13 +88,12 @@ class GradientAscent:
     def __call__(self, trained: TrainedModel, split: Split, fit: Fit) -> None:
         """Edit ``trained`` in place."""
         cap = pick_cap(self.cap, trained, split, fit)
-        option = fit.task.option
 
         def objective(network: nn.Module, batches: dict[str, Batch], clock: Clock) -> Tensor:
             return -fit.loss(network, batches["forget"]).clamp(max=cap)
 
-        epochs = int(option(self.name, "epochs", 5)) if self.epochs is None else self.epochs
-        lr = float(option(self.name, "lr", fit.task.fit.lr / 100)) if self.lr is None else self.lr
+        epochs = 5 if self.epochs is None else self.epochs
+        lr = fit.task.fit.lr / 100 if self.lr is None else self.lr
         settings = fit_settings(fit, self, epochs=epochs, lr=lr, bn=self.bn)
         fit(trained.network, objective, streams(split, "forget"), settings, label=self.name)
 

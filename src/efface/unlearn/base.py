@@ -17,8 +17,9 @@ from efface.data import Stream
 from efface.errors import MethodError, NeedsError
 from efface.fitting import Fit
 from efface.mask import Mask
+from efface.options import check_known
 from efface.sparsify import OneShot
-from efface.task import Settings, Split
+from efface.task import Settings, Split, Task
 
 
 @runtime_checkable
@@ -76,16 +77,29 @@ def fit_settings(
 ) -> Settings:
     """The settings of an unlearner's fit: the task's, with this method's epochs and rate.
 
-    ``None`` takes the task's default for the method, else a tenth of the training's epochs (one at
-    least) and half of its peak rate.
+    ``None`` takes a tenth of the training's epochs (one at least) and half of its peak rate.
     """
     base = fit.task.fit
-    option = fit.task.option
-    if epochs is None:
-        epochs = int(option(method.name, "epochs", max(1, round(base.epochs / 10))))
-    if lr is None:
-        lr = float(option(method.name, "lr", base.lr / 2))
+    epochs = max(1, round(base.epochs / 10)) if epochs is None else epochs
+    lr = base.lr / 2 if lr is None else lr
     return replace(base, epochs=epochs, lr=lr, warmup=0.0, **more)
+
+
+def filled(method: Any, task: Task) -> Any:
+    """A method whose open (``None``) options have the task's defaults, inner methods included.
+
+    Raises:
+        MethodError: If the task has a default for an option that the method does not have.
+    """
+    changes: dict[str, Any] = {}
+    for option, value in task.defaults.get(method.name, {}).items():
+        check_known(method.name, option, type(method))
+        if getattr(method, option) is None:
+            changes[option] = value
+    for option, value in vars(method).items():
+        if isinstance(value, Unlearner):
+            changes[option] = filled(value, task)
+    return replace(method, **changes) if changes else method
 
 
 def check_ranges(method: Any, **rules: tuple[Any, bool]) -> None:

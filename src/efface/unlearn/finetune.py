@@ -106,9 +106,7 @@ class L1Sparse:
 
     def __call__(self, trained: TrainedModel, split: Split, fit: Fit) -> None:
         """Edit ``trained`` in place."""
-        alpha = self.alpha
-        if alpha is None:
-            alpha = float(fit.task.option(self.name, "alpha", 5e-4))
+        alpha = 5e-4 if self.alpha is None else self.alpha
 
         def objective(network: nn.Module, batches: dict[str, Batch], clock: Clock) -> Tensor:
             gamma = self.gamma(alpha, clock.epoch, clock.epochs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -16,6 +16,11 @@ from efface.fitting import Fit, History
 from efface.placement import preserved
 from efface.seeds import seed_for, seed_torch
 from efface.task import Split
+
+
+def own_seed(seed: int) -> int:
+    """A retrained model's seed: shares nothing with a model trained under the same number."""
+    return seed_for(seed, "retrain")
 
 
 def train_from(fit: Fit, network: nn.Module, positions: Tensor, *, label: str = "train") -> History:
@@ -70,6 +75,7 @@ class Retrain:
 
     def __call__(self, trained: TrainedModel, split: Split, fit: Fit) -> None:
         """Edit ``trained`` in place."""
+        fit = replace(fit, seed=own_seed(fit.seed), path="train")
         refresh(trained.network, fit.fresh())
         trained.set_mask(trained.mask)
         train_from(fit, trained.network, split.retain, label=self.name)
