@@ -281,15 +281,17 @@ def audit(
     references = models[2:] if tier != 0 else []
     select = {"ids": ids, "label": label, "fraction": fraction, "where": where, "seed": split_seed}
     split = _split(made, select) if _chosen(select) else None
-    result = verbs.audit(
-        models[0],
-        models[1],
-        split,
-        references,
-        seed=run.seed,
-        device=run.device,
-        reproduce=[_command(made)],
-    )
+    with run.progress() as progress:
+        result = verbs.audit(
+            models[0],
+            models[1],
+            split,
+            references,
+            seed=run.seed,
+            device=run.device,
+            reproduce=[_command(made)],
+            progress=progress,
+        )
     rows = verbs.per_record(models[1], split or verbs.split_of(models[0], models[1]))
     result.save(out, rows if per_record else None, force=run.force)
     run.result(result.to_dict(), _audit_text(run, result.to_dict(), out))

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,9 +68,9 @@ class Run:
 
     @contextlib.contextmanager
     def progress(self) -> Iterator[Any]:
-        """A progress callback ``(label, done, total)``; None where stderr is no terminal."""
+        """A progress callback ``(label, done, total)``: bars on a terminal, else one estimate."""
         if not sys.stderr.isatty():
-            yield None
+            yield _Estimate(self)
             return
         with bars() as bar:
             tasks: dict[str, Any] = {}
@@ -80,6 +81,21 @@ class Run:
                 bar.update(tasks[label], completed=done, total=total)
 
             yield show
+
+
+class _Estimate:
+    """Where there is no terminal: one line, once it is clear that the work takes over a minute."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.started, self.said = run, time.monotonic(), False
+
+    def __call__(self, label: str, done: int, total: int) -> None:
+        spent = time.monotonic() - self.started
+        if self.said or spent < 2 or done == 0:
+            return
+        self.said = True
+        if spent / done * total > 60:
+            self.run.say(f"{label}: about {spent / done * total / 60:.0f} minutes.")
 
 
 def bars() -> Any:

@@ -29,11 +29,12 @@ PROBED = 16
 
 
 class Batch(NamedTuple):
-    """Inputs (any pytree of tensors ``[B, …]``), targets ``[B]`` and positions ``[B]``."""
+    """Inputs (a pytree of tensors ``[B, …]``), targets ``[B]``, positions ``[B]``, stream weight."""
 
     inputs: Any
     targets: Tensor
     positions: Tensor
+    weight: float = 1.0
 
 
 class Sized(Protocol):
@@ -280,7 +281,7 @@ class Stream:
         positions: Which records ``[n]``.
         batch_size: Records per batch; ``None`` takes the fit's.
         period: The stream supplies a batch at every ``period``-th step.
-        weight: A factor that objectives apply to this stream's loss.
+        weight: A factor of this stream's loss in :meth:`efface.Fit.descend`.
         targets: Labels ``[N]`` to use instead of the records' own (by position), or ``None``.
     """
 

@@ -151,6 +151,11 @@ class Fit:
         """The task's loss on a batch."""
         return self.task.loss(self.logits(network, batch).float(), batch.targets)
 
+    def descend(self, network: nn.Module, batches: dict[str, Batch], clock: Clock) -> Tensor:
+        """The plain objective: the task's loss on every stream, weighted."""
+        losses = [batch.weight * self.loss(network, batch) for batch in batches.values()]
+        return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
+
     def __call__(
         self,
         network: nn.Module,
@@ -428,6 +433,7 @@ class _Feed:
         if augment is not None:
             table = uniforms(self.fit.seed, turn, 0, len(task.records), augment.draws).to(device)
         for batch in task.records.batches(plan, device):
+            batch = batch._replace(weight=self.stream.weight)
             if self.stream.targets is not None:
                 labels = self.stream.targets[batch.positions].to(device)
                 batch = batch._replace(targets=labels)

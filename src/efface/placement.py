@@ -56,15 +56,14 @@ def _bf16_is_fast(device: torch.device) -> bool:
 
 
 def rule(network: nn.Module, device: torch.device, train: bool) -> Placement:
-    """The rule: convolutional networks of some width train in bf16 and channels-last.
+    """The rule: convolutional networks run channels-last, those of some width train in bf16.
 
-    A network counts when its widest 2-d convolution has at least 32 output channels: below that
-    the conversions cost more than they save. Evaluation is always in fp32.
+    A network is wide when its widest 2-d convolution has at least 32 output channels: below that,
+    conversions cost more than bf16 saves. Evaluation is always in fp32.
     """
     widths = [m.out_channels for m in network.modules() if isinstance(m, nn.Conv2d)]
-    wide = bool(widths) and max(widths) >= 32
-    bf16 = train and wide and _bf16_is_fast(device)
-    return Placement(device.type, bf16, wide and device.type != "mps")
+    bf16 = train and max(widths, default=0) >= 32 and _bf16_is_fast(device)
+    return Placement(device.type, bf16, bool(widths) and device.type != "mps")
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-from scipy import special
+import scipy  # submodules load when touched
 
 Array = npt.NDArray[np.float64]
 
@@ -24,7 +24,7 @@ def softmax(logits: npt.ArrayLike) -> Array:
     >>> softmax([[0.0, 0.0], [1000.0, 0.0]]).tolist()
     [[0.5, 0.5], [1.0, 0.0]]
     """
-    return np.asarray(special.softmax(_logits(logits), axis=1), dtype=np.float64)
+    return np.asarray(scipy.special.softmax(_logits(logits), axis=1), dtype=np.float64)
 
 
 def log_softmax(logits: npt.ArrayLike) -> Array:
@@ -36,7 +36,7 @@ def log_softmax(logits: npt.ArrayLike) -> Array:
     >>> log_softmax([[1000.0, 0.0]]).tolist()
     [[0.0, -1000.0]]
     """
-    return np.asarray(special.log_softmax(_logits(logits), axis=1), dtype=np.float64)
+    return np.asarray(scipy.special.log_softmax(_logits(logits), axis=1), dtype=np.float64)
 
 
 def margin(logits: npt.ArrayLike, targets: npt.ArrayLike) -> Array:
@@ -65,7 +65,7 @@ def margin(logits: npt.ArrayLike, targets: npt.ArrayLike) -> Array:
     rows, y = np.arange(len(z)), _targets(targets, z)
     others = z.copy()
     others[rows, y] = -np.inf
-    return np.asarray(z[rows, y] - special.logsumexp(others, axis=1), dtype=np.float64)
+    return np.asarray(z[rows, y] - scipy.special.logsumexp(others, axis=1), dtype=np.float64)
 
 
 def confidence(p: npt.ArrayLike, targets: npt.ArrayLike) -> Array:
@@ -90,7 +90,7 @@ def entropy(p: npt.ArrayLike) -> Array:
     >>> entropy([[0.5, 0.5], [1.0, 0.0]]).round(4).tolist()
     [0.6931, 0.0]
     """
-    return np.asarray(special.entr(_shares(p)).sum(axis=1), dtype=np.float64)
+    return np.asarray(scipy.special.entr(_shares(p)).sum(axis=1), dtype=np.float64)
 
 
 def modified_entropy(p: npt.ArrayLike, targets: npt.ArrayLike) -> Array:

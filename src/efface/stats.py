@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy import special
+import scipy  # submodules load when touched
 
 Array = npt.NDArray[np.float64]
 
@@ -49,8 +49,10 @@ def rate(successes: int, n: int, level: float = 0.95) -> Interval:
     tail = _tail(level)
     if n < 1 or not 0 <= successes <= n:
         raise ValueError(f"a rate needs 0 <= successes <= n and n >= 1, not {successes} of {n}.")
-    low = special.betaincinv(successes, n - successes + 1, tail) if successes > 0 else 0.0
-    high = special.betaincinv(successes + 1, n - successes, 1 - tail) if successes < n else 1.0
+    low = scipy.special.betaincinv(successes, n - successes + 1, tail) if successes > 0 else 0.0
+    high = (
+        scipy.special.betaincinv(successes + 1, n - successes, 1 - tail) if successes < n else 1.0
+    )
     return Interval(successes / n, float(low), float(high), int(n))
 
 
@@ -93,7 +95,7 @@ def auc(positive: npt.ArrayLike, negative: npt.ArrayLike, level: float = 0.95) -
         variance = float(won.var(ddof=1) / n**2 / m + lost.var(ddof=1) / m**2 / n)
     if variance == 0:
         return _bounded(value, min(m, n), m + n, level)
-    half = -float(special.ndtri(tail)) * math.sqrt(variance)
+    half = -float(scipy.special.ndtri(tail)) * math.sqrt(variance)
     return Interval(value, max(0.0, value - half), min(1.0, value + half), m + n)
 
 
@@ -282,7 +284,7 @@ def mean_interval(values: npt.ArrayLike, level: float = 0.95) -> Interval:
 
 def _student(values: Array, level: float) -> float:
     """The standard deviation times Student's quantile."""
-    return float(special.stdtrit(values.size - 1, 1 - _tail(level)) * values.std(ddof=1))
+    return float(scipy.special.stdtrit(values.size - 1, 1 - _tail(level)) * values.std(ddof=1))
 
 
 def js_distance(p: npt.ArrayLike, q: npt.ArrayLike) -> Array:
@@ -306,7 +308,9 @@ def js_distance(p: npt.ArrayLike, q: npt.ArrayLike) -> Array:
         raise ValueError(f"p and q differ in shape: {first.shape} and {second.shape}.")
     # Twice the midpoint: half of the smallest float would be zero, and the logarithm infinite.
     total = first + second
-    nats = (special.rel_entr(2 * first, total) + special.rel_entr(2 * second, total)).sum(axis=1)
+    nats = (
+        scipy.special.rel_entr(2 * first, total) + scipy.special.rel_entr(2 * second, total)
+    ).sum(axis=1)
     return np.asarray(np.sqrt(np.clip(nats / (4 * math.log(2)), 0.0, 1.0)), dtype=np.float64)
 
 

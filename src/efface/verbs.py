@@ -419,6 +419,7 @@ def audit(
     reproduce: Sequence[str] = (),
     note: str | None = None,
     cache: auditing.Cache | None = None,
+    progress: Progress | None = None,
 ) -> AuditResult:
     """Show how well a model has forgotten, beside the untouched original and retrained models.
 
@@ -431,7 +432,8 @@ def audit(
         device: Where to compute.
         reproduce: Commands to print in the report.
         note: A sentence to print with the result.
-        cache: Logits to share between audits of one task.
+        cache: Logits and measures to share between audits of one task.
+        progress: Called after every finding.
 
     Returns:
         Findings with intervals, and a verdict; ``.save(folder)`` writes ``audit.json`` and
@@ -453,7 +455,7 @@ def audit(
         cache=cache or auditing.Cache(),
     )
     auditing.check_subject(subject)
-    document = auditing.examine(subject, seed=seed)
+    document = auditing.examine(subject, seed=seed, progress=progress)
     document["subject"]["reproduce"] = list(reproduce)
     document["subject"]["note"] = note
     findings, not_shown = tuple(document.pop("findings")), tuple(document.pop("not_shown"))

@@ -12,6 +12,7 @@ from efface.auditing.utility import ForgottenClass, PerClass, Utility
 from efface.auditing.verdict import Verdict, decide
 from efface.checkpoint import TrainedModel
 from efface.cost import versions
+from efface.fitting import Progress
 from efface.seeds import rng
 
 __all__ = [
@@ -48,9 +49,13 @@ FIRST_FLOOR: tuple[Audit, ...] = (
 )
 
 
-def examine(subject: Subject, *, seed: int = 0) -> dict[str, Any]:
+def examine(subject: Subject, *, seed: int = 0, progress: Progress | None = None) -> dict[str, Any]:
     """Every finding of the first floor, the gaps and the verdict, as the JSON value of an audit."""
-    findings = [audit(subject, rng(seed, "audit", i)) for i, audit in enumerate(FIRST_FLOOR)]
+    findings = []
+    for i, audit in enumerate(FIRST_FLOOR):
+        findings.append(audit(subject, rng(seed, "audit", i)))
+        if progress:
+            progress("audit", i + 1, len(FIRST_FLOOR))
     gaps = {f.name: f.gap for f in findings}
     verdict = decide(subject)
     return {

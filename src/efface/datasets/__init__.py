@@ -94,8 +94,8 @@ def cifar10(n: int | None = 20_000, validation: int = 2_000) -> Task:
         pool.take(held.nonzero().flatten()),
         test,
         network=AirNet,
-        augment=CropFlip(),
-        fit=Settings(epochs=12, batch_size=250, lr=0.1, weight_decay=5e-4),
+        augment=CropFlip(padding=2),
+        fit=Settings(epochs=12, batch_size=125, lr=0.1, weight_decay=5e-4, warmup=0.25),
         defaults=CIFAR10_DEFAULTS,
         name="cifar10" if n is None else f"cifar10-{n // 1000}k",
     )

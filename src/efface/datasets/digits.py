@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 from efface.datasets.images import Images
 from efface.errors import InputError
@@ -29,6 +27,9 @@ def digits(seed: int = 0, test: int = 500) -> tuple[Images, Images]:
     >>> train.images.shape, len(test.labels)
     (torch.Size([1297, 1, 8, 8]), 500)
     """
+    from sklearn.datasets import load_digits  # half a second that few who import efface need
+    from sklearn.model_selection import train_test_split
+
     pixels, labels = load_digits(return_X_y=True)
     if not 10 <= test <= len(labels) - 10:
         raise InputError(f"digits cannot keep {test} records for testing; ask for 10 to 1787.")

@@ -219,7 +219,7 @@ def balanced(labels: Tensor, limit: int, seed: int = 0) -> Tensor:
     Args:
         labels: Class indices ``[N]``.
         limit: How many positions; the lowest classes get one more where it does not divide.
-        seed: Which ones. The first of two limits' subsets contains the other at the same seed.
+        seed: Which ones. At the same seed, a larger limit's subset contains a smaller one's.
 
     Returns:
         Positions ``[limit]`` in ascending order.

@@ -71,7 +71,7 @@ class OneShot:
         settings = replace(base, epochs=epochs, lr=self.lr or base.lr)
         fit.at("recovery")(
             trained.network,
-            lambda network, batches, clock: fit.loss(network, batches["retain"]),
+            fit.descend,
             {"retain": Stream(positions)},
             settings,
             label="recover",

@@ -46,12 +46,8 @@ class FineTune:
 
     def __call__(self, trained: TrainedModel, split: Split, fit: Fit) -> None:
         """Edit ``trained`` in place."""
-
-        def objective(network: nn.Module, batches: dict[str, Batch], clock: Clock) -> Tensor:
-            return fit.loss(network, batches["retain"])
-
         settings = fit_settings(fit, self, epochs=self.epochs, lr=self.lr, bn=self.bn)
-        fit(trained.network, objective, streams(split, "retain"), settings, label=self.name)
+        fit(trained.network, fit.descend, streams(split, "retain"), settings, label=self.name)
 
 
 def l1_norm(network: nn.Module) -> Tensor:
@@ -110,7 +106,7 @@ class L1Sparse:
 
         def objective(network: nn.Module, batches: dict[str, Batch], clock: Clock) -> Tensor:
             gamma = self.gamma(alpha, clock.epoch, clock.epochs)
-            return fit.loss(network, batches["retain"]) + gamma * l1_norm(network)
+            return fit.descend(network, batches, clock) + gamma * l1_norm(network)
 
         settings = fit_settings(fit, self, epochs=self.epochs, lr=self.lr, bn=self.bn)
         fit(trained.network, objective, streams(split, "retain"), settings, label=self.name)

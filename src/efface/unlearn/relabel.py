@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from efface.checkpoint import TrainedModel
-from efface.data import Batch, Stream
-from efface.fitting import Clock, Fit
+from efface.data import Stream
+from efface.fitting import Fit
 from efface.task import Split
 from efface.unlearn.base import check_ranges, fit_settings, positive_or_none
 
@@ -49,13 +49,10 @@ class RandomLabel:
         """Edit ``trained`` in place."""
         labels = wrong_labels(fit.task.records.targets, split.forget, fit.task.classes, fit)
 
-        def objective(network: nn.Module, batches: dict[str, Batch], clock: Clock) -> Tensor:
-            return fit.loss(network, batches["all"])
-
         everyone = torch.cat([split.retain, split.forget]).sort().values
         settings = fit_settings(fit, self, epochs=self.epochs, lr=self.lr, bn=self.bn)
         stream = {"all": Stream(everyone, targets=labels)}
-        fit(trained.network, objective, stream, settings, label=self.name)
+        fit(trained.network, fit.descend, stream, settings, label=self.name)
 
 
 def wrong_labels(targets: Tensor, forget: Tensor, classes: int, fit: Fit) -> Tensor:

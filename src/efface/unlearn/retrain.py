@@ -33,7 +33,7 @@ def train_from(fit: Fit, network: nn.Module, positions: Tensor, *, label: str = 
     if task.train_fn is None:
         return fit(
             network,
-            lambda net, batches, clock: fit.loss(net, batches["retain"]),
+            fit.descend,
             {"retain": Stream(positions)},
             task.fit,
             label=label,
