@@ -292,8 +292,10 @@ def audit(
             reproduce=[_command(made)],
             progress=progress,
         )
-    rows = verbs.per_record(models[1], split or verbs.split_of(models[0], models[1]))
-    result.save(out, rows if per_record else None, force=run.force)
+    rows = None
+    if per_record:
+        rows = verbs.per_record(models[1], split or verbs.split_of(models[0], models[1]))
+    result.save(out, rows, force=run.force)
     run.result(result.to_dict(), _audit_text(run, result.to_dict(), out))
     if result.verdict in (fail_on or ()):
         raise typer.Exit(3)

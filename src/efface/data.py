@@ -29,7 +29,7 @@ PROBED = 16
 
 
 class Batch(NamedTuple):
-    """Inputs (a pytree of tensors ``[B, …]``), targets ``[B]``, positions ``[B]``, stream weight."""
+    """Inputs (a pytree of ``[B, …]``), targets ``[B]``, positions ``[B]``, the stream's weight."""
 
     inputs: Any
     targets: Tensor

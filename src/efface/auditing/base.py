@@ -232,8 +232,8 @@ def check_subject(subject: Subject) -> None:
     asked = set(tags((split.task.ids_[i] for i in split.forget.tolist()), load_key()))
     if after is not before and new != asked:
         raise MismatchError(
-            f"the split has {len(asked)} records to forget, but by its lineage the model forgot "
-            f"{len(new)} others or more; audit with the selection that was forgotten."
+            f"the {len(asked)} records of the split are not what the model forgot by its lineage "
+            f"({len(new)} records); audit with the selection that was forgotten, or with none."
         )
     for reference in subject.references:
         _check_reference(subject, reference, set(before.forgotten.tags) | asked)
