@@ -7,7 +7,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,83 +19,11 @@ from torch import Tensor, nn
 
 from efface.errors import CheckpointError, MismatchError, listed
 from efface.files import canonical, check_output, digest, write_atomic
-from efface.keys import key_fingerprint, load_key, tags
+from efface.lineage import Forgotten, Step
 from efface.mask import Mask, pack, unpack
-from efface.task import Split, Task
+from efface.task import Task
 
 SCHEMA = "efface.model/1"
-
-
-@dataclass(frozen=True)
-class Step:
-    """One thing that was done to a model: how it was trained, pruned, made to forget.
-
-    Args:
-        verb: ``train``, ``adopt``, ``prune``, ``forget`` or ``retrain``.
-        method: The method and its settings as JSON, where there is one.
-        settings: How the task trained, as JSON.
-        seed: The seed that every other seed derives from.
-        parent: Weights digest of the model that it was done to, or None.
-        cost: Wall and CPU seconds, images, threads, foreign load.
-        data: Number of records, their fingerprint, and whether IDs are positions.
-        versions: Of efface, torch, numpy and Python.
-        detail: Whatever else is worth keeping (history, precision, kind of reference).
-    """
-
-    verb: str
-    method: Mapping[str, Any] | None
-    settings: Mapping[str, Any]
-    seed: int
-    parent: str | None
-    cost: Mapping[str, Any]
-    data: Mapping[str, Any]
-    versions: Mapping[str, str]
-    detail: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Forgotten:
-    """All that a model was made to forget, over all requests; never plain IDs.
-
-    Args:
-        key: Fingerprint of the key that hashed the IDs.
-        tags: Sorted keyed hashes of the IDs.
-        requests: For each request its selector and number of records.
-    """
-
-    key: str | None = None
-    tags: tuple[str, ...] = ()
-    requests: tuple[Mapping[str, Any], ...] = ()
-
-    def adding(self, split: Split) -> Forgotten:
-        """With a further request; the split holds only what is new."""
-        key = load_key()
-        self._check_key(key)
-        ids = [split.task.ids_[i] for i in split.forget.tolist()]
-        new = sorted({*self.tags, *tags(ids, key)})
-        request = {"selector": dict(split.selector), "n": len(ids)}
-        return Forgotten(key_fingerprint(key), tuple(new), (*self.requests, request))
-
-    def positions(self, task: Task) -> Tensor:
-        """Where the task's data still holds records that were forgotten.
-
-        Raises:
-            MismatchError: If another key is set than the one that hashed the IDs.
-        """
-        if not self.tags:
-            return torch.empty(0, dtype=torch.long)
-        key = load_key()
-        self._check_key(key)
-        gone = set(self.tags)
-        found = [i for i, tag in enumerate(tags(task.ids_, key)) if tag in gone]
-        return torch.tensor(found, dtype=torch.long)
-
-    def _check_key(self, key: bytes) -> None:
-        if self.key is not None and self.key != key_fingerprint(key):
-            raise MismatchError(
-                f"the model's forgotten IDs were hashed with another key (fingerprint {self.key}); "
-                "set EFFACE_KEY or EFFACE_KEY_FILE to that key."
-            )
 
 
 class TrainedModel:
@@ -364,15 +292,6 @@ def load_weights(network: nn.Module, tensors: Mapping[str, Tensor], where: str) 
     network.load_state_dict(dict(tensors))
 
 
-def data_facts(task: Task) -> dict[str, Any]:
-    """What lineage keeps of the data: its size, fingerprint, and whether IDs are positions."""
-    return {
-        "n": len(task.records),
-        "fingerprint": task.data_fingerprint,
-        "positional": task.positional,
-    }
-
-
 def check_data(model: TrainedModel) -> None:
     """Where IDs are positions, refuse data other than the model's.
 
@@ -389,21 +308,6 @@ def check_data(model: TrainedModel) -> None:
             f"({data['n']} records then, {len(task.records)} now, or reordered); give the task "
             "stable IDs with Task(ids=…), or the data as it was."
         )
-
-
-def with_lineage(
-    model: TrainedModel, step: Step, forgotten: Forgotten | None = None
-) -> TrainedModel:
-    """The model with a further step in its lineage (in place; returned for chaining)."""
-    model.lineage = (*model.lineage, step)
-    model.forgotten = forgotten or model.forgotten
-    return model
-
-
-def amended(model: TrainedModel, **detail: Any) -> None:
-    """Add details to the last step of the lineage."""
-    last = model.lineage[-1]
-    model.lineage = (*model.lineage[:-1], replace(last, detail={**last.detail, **detail}))
 
 
 def describe_file(path: str | Path) -> dict[str, Any]:

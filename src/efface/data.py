@@ -296,9 +296,9 @@ class Stream:
             raise TaskError("a stream without records cannot be trained on.")
 
 
-def uniforms(seed: int, epoch: int, turn: int, total: int, draws: int) -> Tensor:
+def uniforms(seed: int, epoch: int, total: int, draws: int) -> Tensor:
     """Uniform numbers ``[total, draws]`` for augmentation: a row for every (record, epoch)."""
-    return torch.rand(total, draws, generator=generator(seed, "augment", epoch, turn))
+    return torch.rand(total, draws, generator=generator(seed, "augment", epoch))
 
 
 def as_strings(values: Sequence[Any]) -> list[str]:

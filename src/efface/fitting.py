@@ -7,26 +7,26 @@ to minimise and on which records; nothing else in the package takes an optimiser
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
-from itertools import islice
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from efface.checkpoint import TrainedModel
-from efface.data import Batch, Stream, chunks, order, uniforms
+from efface.data import Batch, Stream
 from efface.errors import DivergedError
+from efface.feeds import Feed
 from efface.journal import Journal, State
 from efface.mask import Mask
 from efface.placement import Placement, placed, preserved
 from efface.seeds import generator, seed_for, seed_torch
+from efface.steps import like, make_optimizer, rate, recalibrate_bn, train_mode
 from efface.task import Settings, Task
 
 History = list[dict[str, float]]
@@ -193,7 +193,8 @@ class Fit:
             run = _Run(self, network, objective, streams, settings, placement, label, call)
             history = run.all_epochs()
             if settings.bn == "recalibrate":
-                run.recalibrate()
+                where, size = run.first.stream.positions, run.first.size
+                recalibrate_bn(network, self.task, where, size, self.device)
         self.meter.fits.append({"label": label, **settings.to_dict(), "history": history})
         return history
 
@@ -209,7 +210,7 @@ def fresh_network(task: Task, seed: int) -> nn.Module:
 def warm_up() -> None:
     """Take one step with nothing, so that no timing holds what PyTorch loads at the first one."""
     weight = nn.Parameter(torch.zeros(1))
-    optimizer = _optimizer({"w": weight}, Settings())
+    optimizer = make_optimizer({"w": weight}, Settings())
     weight.sum().backward()  # type: ignore[no-untyped-call]
     optimizer.step()
 
@@ -230,13 +231,18 @@ class _Run:
     ) -> None:
         self.fit, self.network, self.objective = fit, network, objective
         self.settings, self.placement, self.label, self.call = settings, placement, label, call
-        self.feeds = {name: _Feed(fit, name, s, settings) for name, s in streams.items()}
+        self.feeds = {
+            name: Feed(
+                fit.task, fit.seed, f"{fit.path}/{name}", stream, settings.batch_size, fit.device
+            )
+            for name, stream in streams.items()
+        }
         self.first = next(iter(self.feeds.values()))
         self.per_epoch = self.first.length
         self.steps = self.per_epoch * settings.epochs
         self.everything = dict(network.named_parameters())
         self.params = {n: p for n, p in self.everything.items() if p.requires_grad}
-        self.optimizer = _optimizer(self.params, settings)
+        self.optimizer = make_optimizer(self.params, settings)
         self.seen_mask = fit.subject.mask if fit.subject else None
         self.history: History = []
         self.total, self.step = 0.0, 0
@@ -256,8 +262,11 @@ class _Run:
         return self.history
 
     def _epoch(self, epoch: int) -> None:
-        _train_mode(self.network, frozen_bn=self.settings.bn == "frozen")
-        sources = {name: feed.batches(self, epoch) for name, feed in self.feeds.items()}
+        train_mode(self.network, frozen_bn=self.settings.bn == "frozen")
+        sources = {
+            name: feed.batches(self.step, epoch if feed is self.first else None)
+            for name, feed in self.feeds.items()
+        }
         for _ in range(self.step % self.per_epoch, self.per_epoch):
             due = {
                 name: next(sources[name])
@@ -285,9 +294,10 @@ class _Run:
         seed_torch(seed_for(fit.seed, f"{fit.path}/noise", self.call, clock.step), fit.device)
         for name, batch in batches.items():
             self.images[name] += len(batch.positions)
-        rate = self.settings.lr * _schedule(self.settings, clock.progress, self.steps)
+        peak = self.settings.lr
+        now = peak * rate(self.settings, clock.progress, self.steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = now
         self.optimizer.zero_grad(set_to_none=True)
         with self.placement.autocast():
             loss = self.objective(self.network, batches, clock)
@@ -323,10 +333,6 @@ class _Run:
                 for value in self.optimizer.state.get(self.everything[name], {}).values():
                     if isinstance(value, Tensor) and value.shape == gone.shape:
                         value.masked_fill_(gone, 0.0)
-
-    def recalibrate(self) -> None:
-        """Recompute batch-norm statistics on the first stream, weights untouched."""
-        recalibrate_bn(self.fit, self.network, self.first.stream.positions, self.settings)
 
     # -- counting, commits, resume ------------------------------------------------------------
 
@@ -380,7 +386,7 @@ class _Run:
                 own[name].copy_(tensor)
         for name, tensor in parts["optim"].items():
             key, _, param = name.partition(".")
-            self.optimizer.state[self.params[param]][key] = _like(tensor, self.params[param])
+            self.optimizer.state[self.params[param]][key] = like(tensor, self.params[param])
         if self.fit.subject and parts["mask"]:
             mask = Mask(parts["mask"])
             if mask != self.fit.subject.mask:
@@ -389,111 +395,3 @@ class _Run:
         values = state.values
         self.step, self.total, self.history = values["step"], values["total"], values["history"]
         self.images, self.spent = values["images"], [values["wall"], values["cpu"]]
-
-
-def _like(tensor: Tensor, param: Tensor) -> Tensor:
-    """Optimiser state on the parameter's device and in its layout."""
-    if tensor.shape != param.shape:
-        return tensor
-    return torch.empty_like(param, dtype=tensor.dtype).copy_(tensor)
-
-
-class _Feed:
-    """Batches of one stream: the index stream, cut, gathered, relabelled and augmented."""
-
-    def __init__(self, fit: Fit, name: str, stream: Stream, settings: Settings) -> None:
-        self.fit, self.name, self.stream = fit, name, stream
-        self.size = stream.batch_size or settings.batch_size
-        self.length = len(chunks(stream.positions, self.size))
-
-    def plan(self, turn: int) -> list[Tensor]:
-        """The batches of one pass."""
-        total = len(self.fit.task.records)
-        purpose = f"{self.fit.path}/{self.name}"
-        return chunks(order(self.fit.seed, purpose, turn, self.stream.positions, total), self.size)
-
-    def batches(self, run: _Run, epoch: int) -> Iterator[Batch]:
-        """Batches from the run's current step on, without end.
-
-        The first stream's passes are the epochs. Any other stream counts its own passes, from the
-        number of batches that it has supplied so far, so that a resumed run finds its place.
-        """
-        supplied = -(-run.step // self.stream.period)
-        turn, skip = divmod(supplied, self.length)
-        if self is run.first:
-            turn = epoch
-        while True:
-            yield from self._pass(turn, skip)
-            turn, skip = turn + 1, 0
-
-    def _pass(self, turn: int, skip: int) -> Iterator[Batch]:
-        task, device = self.fit.task, self.fit.device
-        plan = islice(self.plan(turn), skip, None)
-        augment = task.augment
-        if augment is not None:
-            table = uniforms(self.fit.seed, turn, 0, len(task.records), augment.draws).to(device)
-        for batch in task.records.batches(plan, device):
-            batch = batch._replace(weight=self.stream.weight)
-            if self.stream.targets is not None:
-                labels = self.stream.targets[batch.positions].to(device)
-                batch = batch._replace(targets=labels)
-            if augment is not None:
-                batch = batch._replace(inputs=augment(batch.inputs, table[batch.positions]))
-            yield batch
-
-
-def _optimizer(params: Params, settings: Settings) -> torch.optim.Optimizer:
-    # foreach and not fused: PyTorch 2.13's fused SGD on CPU goes wrong when a gradient's layout
-    # differs from its weight's, silently.
-    common: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay}
-    weights = list(params.values())
-    if settings.optimizer == "sgd":
-        momentum = settings.momentum
-        return torch.optim.SGD(
-            weights, momentum=momentum, nesterov=momentum > 0, foreach=True, **common
-        )
-    kind = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.AdamW
-    return kind(weights, foreach=True, **common)
-
-
-def _schedule(settings: Settings, progress: float, steps: int) -> float:
-    """The learning rate at a point of the fit, as a fraction of the peak."""
-    if progress < settings.warmup:
-        return (progress + 1 / steps) / (settings.warmup + 1 / steps)
-    rest = (progress - settings.warmup) / (1 - settings.warmup) if settings.warmup < 1 else 0.0
-    if settings.schedule == "linear":
-        return 1 - rest
-    if settings.schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * rest))
-    if settings.schedule == "step":
-        return 0.1 ** ((progress >= 0.5) + (progress >= 0.75))
-    return 1.0
-
-
-def batch_norms(network: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
-    """The network's batch-norm layers that keep running statistics."""
-    kinds = (nn.modules.batchnorm._BatchNorm,)
-    return [m for m in network.modules() if isinstance(m, kinds) and m.track_running_stats]
-
-
-def _train_mode(network: nn.Module, frozen_bn: bool) -> None:
-    network.train()
-    for layer in batch_norms(network) if frozen_bn else ():
-        layer.eval()
-
-
-def recalibrate_bn(fit: Fit, network: nn.Module, positions: Tensor, settings: Settings) -> None:
-    """Replace batch-norm statistics by plain averages over un-augmented records."""
-    layers = batch_norms(network)
-    if not layers:
-        return
-    momenta = [layer.momentum for layer in layers]
-    with contextlib.ExitStack() as stack, torch.no_grad():
-        for layer, momentum in zip(layers, momenta, strict=True):
-            layer.reset_running_stats()
-            layer.momentum = None
-            stack.callback(setattr, layer, "momentum", momentum)
-        network.train()
-        plan = chunks(positions, settings.batch_size)
-        for batch in fit.task.records.batches(plan, fit.device):
-            fit.logits(network, batch)

@@ -7,103 +7,28 @@ new model's lineage, with its cost.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from efface import auditing, predict
-from efface.checkpoint import (
-    Forgotten,
-    Step,
-    TrainedModel,
-    data_facts,
-    load_weights,
-    weights_digest,
-    with_lineage,
-)
-from efface.cost import Stopwatch, versions
-from efface.errors import MethodError, NeedsError, SelectionError
-from efface.fitting import Clock, Fit, History, Progress, warm_up
-from efface.journal import Journal, State
+from efface.checkpoint import TrainedModel, load_weights
+from efface.errors import NeedsError, SelectionError
+from efface.fitting import Progress
+from efface.journal import Journal
+from efface.lineage import Forgotten
 from efface.mask import Mask
 from efface.placement import pick_device
 from efface.report import AuditResult
+from efface.session import How, Session, from_scratch
 from efface.signals import margin
 from efface.sparsify import OneShot
 from efface.task import Split, Task
 from efface.unlearn import Unlearner, build, check_needs, filled, to_json
-from efface.unlearn.retrain import own_seed, train_from
 
 Like = Literal["dense", "same-mask", "rewound", "repruned"]
-
-
-@dataclass(frozen=True)
-class _How:
-    """Where a verb computes, whom it tells, and where it keeps its state."""
-
-    device: str = "auto"
-    progress: Progress | None = None
-    journal: Journal | None = None
-
-
-class _Session:
-    """A fit bound to a model, and the step that it will have been."""
-
-    def __init__(self, model: TrainedModel, verb: str, seed: int, how: _How) -> None:
-        warm_up()
-        self.model, self.verb, self.seed = model, verb, seed
-        self.watch = Stopwatch()
-        self.parent = model.digest if model.lineage else None
-        self.fit = Fit(
-            model.task,
-            own_seed(seed) if verb == "retrain" else seed,
-            pick_device(how.device),
-            subject=model,
-            path="train" if verb == "retrain" else verb,
-            progress=how.progress,
-            journal=how.journal,
-        )
-
-    def close(
-        self,
-        method: Mapping[str, Any] | None = None,
-        forgotten: Forgotten | None = None,
-        **detail: Any,
-    ) -> TrainedModel:
-        """Record what was done."""
-        model, fit = self.model, self.fit
-        if model.mask is not None:  # methods that never call the loop are held to it, too
-            model.set_mask(model.mask)
-        cost = self.watch.read()
-        cost["images"] = sum(fit.meter.images.values())
-        for key in ("wall", "cpu"):  # of fits that a killed run had finished or begun
-            cost[key] += getattr(fit.meter, f"{key}_before")
-        step = Step(
-            verb=self.verb,
-            method=method,
-            settings=_settings(model.task),
-            seed=self.seed,
-            parent=self.parent,
-            cost=cost,
-            data=data_facts(model.task),
-            versions=versions(),
-            detail={
-                "images": dict(fit.meter.images),
-                "placement": fit.meter.placement,
-                "fits": fit.meter.fits,
-                **fit.meter.facts,
-                **detail,
-            },
-        )
-        return with_lineage(model, step, forgotten)
-
-
-def _settings(task: Task) -> dict[str, Any]:
-    own = task.train_fn
-    routine = {"train_fn": f"{own.__module__}.{own.__qualname__}"} if own is not None else {}
-    return task.fit.to_dict() | routine
 
 
 def train(
@@ -140,64 +65,8 @@ def train(
         'train'
     """
     everyone = torch.arange(len(task.records))
-    how = _How(device, progress, journal)
-    return _from_scratch(task, everyone, "train", seed, how, rewind=rewind)
-
-
-def _from_scratch(
-    task: Task,
-    positions: Tensor,
-    verb: str,
-    seed: int,
-    how: _How,
-    *,
-    forgotten: Forgotten | None = None,
-    rewind: int | None = None,
-    mask: Mask | None = None,
-    start: Mapping[str, Tensor] | None = None,
-    **detail: Any,
-) -> TrainedModel:
-    """Train from fresh (or given) weights on these records."""
-    if rewind is not None and (task.train_fn is not None or not 0 < rewind <= task.fit.epochs):
-        raise MethodError(
-            f"rewind must be one of the {task.fit.epochs} epochs of efface's own loop, "
-            f"not {rewind}."
-        )
-    session = _Session(TrainedModel(task, task.network()), verb, seed, how)
-    model = session.model = _fresh_model(session.fit, mask, start)
-    fit = replace(session.fit, subject=model)
-    if rewind:
-        fit = fit.with_(hook=_Rewind(model, rewind, how.journal))
-    train_from(fit, model.network, positions, label=verb)
-    if rewind and model.rewind is None and how.journal:
-        kept = how.journal.read("rewind")  # by the run that was killed
-        model.rewind = kept.tensors if kept else None
-    return session.close(None, forgotten, **detail)
-
-
-def _fresh_model(fit: Fit, mask: Mask | None, start: Mapping[str, Tensor] | None) -> TrainedModel:
-    network = fit.fresh()
-    initial = {"seed": fit.seed, "digest": weights_digest(network.state_dict())}
-    if start is not None:
-        network.load_state_dict(dict(start))
-    return TrainedModel(fit.task, network, mask=mask, initial=None if start else initial)
-
-
-@dataclass(frozen=True)
-class _Rewind:
-    """A hook that keeps the weights after an epoch."""
-
-    model: TrainedModel
-    epoch: int
-    journal: Journal | None
-
-    def __call__(self, network: torch.nn.Module, clock: Clock, history: History) -> None:
-        if clock.epoch + 1 != self.epoch:
-            return
-        kept = {name: t.detach().cpu().clone() for name, t in network.state_dict().items()}
-        self.model.rewind = kept
-        if self.journal:
-            self.journal.write("rewind", State(kept, {}))
+    how = How(device, progress, journal)
+    return from_scratch(task, everyone, "train", seed, how, rewind=rewind)
 
 
 def adopt(task: Task, weights: Mapping[str, Tensor], *, name: str = "weights") -> TrainedModel:
@@ -217,7 +86,7 @@ def adopt(task: Task, weights: Mapping[str, Tensor], *, name: str = "weights") -
     network = task.network()
     load_weights(network, plain, name)
     model = TrainedModel(task, network, mask=mask)
-    return _Session(model, "adopt", 0, _How("cpu")).close()
+    return Session(model, "adopt", 0, How("cpu")).close()
 
 
 def _fold_pruned(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], Mask | None]:
@@ -250,7 +119,7 @@ def prune(
     """
     pruner = pruner or OneShot()
     model = trained.copy()
-    session = _Session(model, "prune", seed, _How(device, progress, journal))
+    session = Session(model, "prune", seed, How(device, progress, journal))
     pruner(model, _remaining(model), session.fit)
     return session.close(to_json(pruner))
 
@@ -306,7 +175,7 @@ def forget(
     check_needs(chosen, trained, split)
     forgotten = trained.forgotten.adding(split)
     model = trained.copy()
-    session = _Session(model, "forget", seed, _How(device, progress, journal))
+    session = Session(model, "forget", seed, How(device, progress, journal))
     chosen(model, split, session.fit)
     return session.close(to_json(chosen), forgotten, split=split.sizes())
 
@@ -344,12 +213,12 @@ def retrain(
     split = split.without(earlier[~torch.isin(earlier, split.forget)])
     forgotten = before.adding(split)
     mask, start = _likeness(model, like)
-    how = _How(device, progress, journal)
+    how = How(device, progress, journal)
     options: dict[str, Any] = {"forgotten": forgotten, "mask": mask, "start": start, "like": like}
-    fresh = _from_scratch(task, split.retain, "retrain", seed, how, **options)
+    fresh = from_scratch(task, split.retain, "retrain", seed, how, **options)
     if like != "repruned":
         return fresh
-    session = _Session(fresh, "prune", seed, replace(how, journal=_later(journal)))
+    session = Session(fresh, "prune", seed, replace(how, journal=_later(journal)))
     pruner = _pruner_of(model)
     pruner(fresh, split.retain, session.fit)
     return session.close(to_json(pruner), like=like)

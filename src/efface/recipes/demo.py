@@ -33,6 +33,7 @@ from efface.errors import InputError, MismatchError, nearest
 from efface.files import canonical, check_output, digest, write_atomic
 from efface.fitting import Fit, Progress
 from efface.journal import Journal
+from efface.recipes.story import story, table
 from efface.report import AuditResult, story_page
 from efface.sparsify import OneShot
 from efface.task import Split, Task
@@ -109,16 +110,17 @@ def run_demo(run: Run, task: str, out: Path, *, full: bool = False) -> None:
         "task": task,
         "command": command,
         "seed": run.seed,
+        "sparsity": SPARSITY,
         "plans": [asdict(plan) for plan in plans],
         "versions": versions(),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "cost": watch.read(),
         "sections": sections,
     }
-    write_atomic(out / "report.html", story_page(_story(results, out)).encode())
+    write_atomic(out / "report.html", story_page(story(results, out)).encode())
     text = json.dumps(results, indent=1, allow_nan=False, sort_keys=True) + "\n"
     write_atomic(out / "results.json", text.encode())
-    tables = [_table(run, section) for section in sections]
+    tables = [table(run, section) for section in sections]
     seconds = results["cost"]["wall"]
     run.result(results, "\n\n".join([*tables, f"{seconds:.0f} s. Report: {out / 'report.html'}"]))
 
@@ -336,81 +338,6 @@ def _section(
             cell for cell in cells if cell.endswith(("dense-l1-sparse", "dense-neggrad-plus"))
         ],
     }
-
-
-def _story(results: dict[str, Any], out: Path) -> dict[str, Any]:
-    sections = []
-    for section in results["sections"]:
-        paths = [out / "audits" / cell / "audit.json" for cell in section["cells"]]
-        sections.append(section | {"cells": [json.loads(path.read_text()) for path in paths]})
-    first = results["sections"][0]["split"]
-    return {
-        "title": f"Forgetting on {results['task']}",
-        "intro": "A network was trained, a copy of it pruned to "
-        f"{SPARSITY:.0%}, and both were made to forget. Every method is compared with models "
-        "retrained without the forgotten records: the nearer to them, the better.",
-        "task": f"{results['task']}, {first['forget'] + first['retain']:,} training records",
-        "command": results["command"],
-        "seed": results["seed"],
-        "versions": results["versions"],
-        "created": results["created"],
-        "duration_seconds": results["cost"]["wall"],
-        "notes": [
-            "One training seed: intervals are over records, not over trainings.",
-            "Hyper-parameters were chosen on other forget sets than these, never on the retrained "
-            "models shown here.",
-            "Sparse models are compared with models retrained under the same mask.",
-        ],
-        "sections": sections,
-        "not_shown": [
-            "That no trace of the records is left in the weights: the audit looks at behaviour.",
-            "What an attacker with many shadow models could find about single records.",
-            "How results vary over training seeds and over other forget sets.",
-        ],
-        "reproduce": [results["command"]],
-    }
-
-
-def _table(run: Run, section: dict[str, Any]) -> str:
-    """The table of one scenario: value (gap) per metric, gaps, time, verdict."""
-
-    def cell(row: dict[str, Any], metric: str) -> str:
-        found = row[metric]
-        if found["value"] is None:
-            return "—"
-        gap = "" if found["gap"] is None else f" ({found['gap'] * 100:.1f})"
-        return f"{found['value'] * 100:.1f}{gap}"
-
-    def points(value: float | None) -> str:
-        return "—" if value is None else f"{value * 100:.1f}"
-
-    rows = [
-        [
-            row["model"],
-            row["method"],
-            *(cell(row, m) for m in ("ua", "ra", "ta", "mia_efficacy", "mia_auc")),
-            points(row["average_gap"]),
-            points(row["gap_a"]),
-            "—" if row["rte_seconds"] is None else f"{row['rte_seconds']:.2f}",
-            row["verdict"],
-        ]
-        for row in section["rows"]
-    ]
-    columns = [
-        "model",
-        "method",
-        "UA",
-        "RA",
-        "TA",
-        "MIA-eff",
-        "MIA AUC",
-        "gap",
-        "gap-A",
-        "s",
-        "verdict",
-    ]
-    title = f"{section['heading']}: per cent, gap to retrain in brackets"
-    return run.table(title, columns, rows)
 
 
 def _estimate(plan: Plan) -> str:

@@ -1,0 +1,264 @@
+"""What the commands of the command line share: options, inputs, outputs."""
+
+from __future__ import annotations
+
+import inspect
+import shlex
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from efface.console import Run, read_ids
+from efface.errors import EffaceError, InputError, MethodError
+
+if TYPE_CHECKING:
+    from efface.checkpoint import TrainedModel
+    from efface.journal import Journal
+    from efface.task import Split, Task
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Make a trained network forget named records, and show how well it forgot.",
+)
+
+COMMON = {
+    "seed": (int, 0, ["--seed"], "Every random choice derives from it."),
+    "force": (bool, False, ["--force"], "Replace outputs that exist."),
+    "device": (str, "auto", ["--device"], "auto, cpu, cuda or mps."),
+    "threads": (int, 0, ["--threads"], "Torch threads; 0: one on small machines."),
+    "as_json": (bool, False, ["--json"], "Print one JSON object on stdout."),
+    "debug": (bool, False, ["--debug"], "Show tracebacks."),
+}
+
+TaskName = Annotated[
+    str, typer.Argument(metavar="TASK", help="digits, cifar10 or module:attribute.")
+]
+Model = Annotated[Path, typer.Option("--model", metavar="MODEL", help="The model to start from.")]
+Out = Annotated[Path, typer.Option("--out", metavar="MODEL", help="Where the new model goes.")]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="K=V", help="Change an option.")]
+Ids = Annotated[
+    Path | None, typer.Option("--ids", metavar="FILE", help="Text (an ID a line), CSV or JSON.")
+]
+Class = Annotated[int | None, typer.Option("--class", metavar="K", help="Every record of a class.")]
+Random = Annotated[
+    float | None, typer.Option("--random", metavar="F", help="A random fraction, by --split-seed.")
+]
+SplitSeed = Annotated[
+    int, typer.Option("--split-seed", help="Which random fraction --random draws.")
+]
+Where = Annotated[
+    str | None,
+    typer.Option("--where", metavar="EXPR", help="E.g. \"age < 30 and subject == 'p7'\"."),
+]
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Register a command whose first argument is the :class:`Run` of the common options."""
+    own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
+    shared = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=default,
+            annotation=Annotated[kind, typer.Option(*flags, help=text)],
+        )
+        for name, (kind, default, flags, text) in COMMON.items()
+    ]
+
+    @wraps(function)
+    def run(**values: Any) -> None:
+        common = Run(**{name: values.pop(name) for name in COMMON})
+        if common.debug:
+            function(common, **values)
+            return
+        try:
+            function(common, **values)
+        except EffaceError as error:
+            common.say(f"error: {error}")
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            common.say("interrupted; nothing is lost: the same command goes on where it stopped.")
+            raise typer.Exit(1) from None
+
+    own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+    run.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in [*own, *shared]}
+    return app.command()(run)
+
+
+def get_task(spec: str, sets: list[str] | None = None) -> Task:
+    """The task that an argument names, its fit settings changed by ``--set``."""
+    from dataclasses import replace
+
+    from efface.datasets import load_task
+    from efface.options import changed, parse_sets
+
+    task = load_task(spec)
+    if sets:
+        task = replace(task, fit=changed("the fit", task.fit, parse_sets(sets)))
+    return task
+
+
+def get_method(name: str, sets: list[str] | None) -> Any:
+    """The method that ``--method`` and ``--set`` describe; a ``.toml`` file nests the same way.
+
+    Raises:
+        MethodError: If the file cannot be read or names no method.
+    """
+    from efface.options import merged, parse_sets
+    from efface.unlearn import build
+
+    options: dict[str, Any] = {}
+    if name.endswith(".toml"):
+        import tomllib
+
+        try:
+            options = tomllib.loads(Path(name).read_text())
+        except (OSError, ValueError) as error:
+            raise MethodError(f"the method file {name} cannot be read ({error}).") from None
+        if "method" not in options:
+            raise MethodError(f'the method file {name} must name one: method = "finetune".')
+        name = options.pop("method")
+    return build(name, merged(options, parse_sets(sets or [])))
+
+
+def chosen(select: dict[str, Any]) -> list[str]:
+    """Which of the selections were given."""
+    return [name for name, value in select.items() if value is not None and name != "seed"]
+
+
+def check_selection(select: dict[str, Any]) -> None:
+    """Check that there is exactly one.
+
+    Raises:
+        InputError: If there is none, or more than one.
+    """
+    if len(chosen(select)) != 1:
+        raise InputError(
+            "say what to forget with exactly one of --ids, --class, --random, --where."
+        )
+
+
+def get_split(task: Task, select: dict[str, Any]) -> Split:
+    """The split that the selection describes."""
+    from efface.task import Split
+
+    check_selection(select)
+    if select["ids"] is not None:
+        return Split.by_ids(task, read_ids(select["ids"]))
+    if select["label"] is not None:
+        return Split.by_class(task, select["label"])
+    if select["fraction"] is not None:
+        return Split.random(task, select["fraction"], select["seed"])
+    return Split.where(task, select["where"])
+
+
+def this_command(task: Task) -> str:
+    """This command line as a shell takes it, without values that identify people."""
+    from efface.where import redacted
+
+    words = ["efface", *sys.argv[1:]]
+    for i, word in enumerate(words[1:], 1):
+        if words[i - 1] == "--where":
+            words[i] = redacted(word, task.private)
+        elif word.startswith("--where="):
+            words[i] = "--where=" + redacted(word.removeprefix("--where="), task.private)
+    return shlex.join(words)
+
+
+def digest_of(path: Path | None) -> str:
+    """Digest of a file, or nothing for none.
+
+    Raises:
+        InputError: If it cannot be read.
+    """
+    from efface.files import digest
+
+    try:
+        return digest(path.read_bytes()) if path else ""
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); check the path.") from None
+
+
+def make(
+    run: Run,
+    out: Path,
+    key: dict[str, Any] | None,
+    work: Callable[[dict[str, Any]], TrainedModel],
+) -> None:
+    """Make a model and save it; with a key, a killed run goes on from its journal."""
+    from efface.files import check_output
+
+    run.start()
+    check_output(out, run.force)
+    journal = _journal(run, out, key)
+    with run.progress() as progress:
+        model = work(
+            {"seed": run.seed, "device": run.device, "progress": progress, "journal": journal}
+        )
+    model.save(out, force=run.force)
+    if journal:
+        journal.clear()
+    cost = model.lineage[-1].cost
+    facts = {
+        "model": str(out),
+        "weights_digest": model.digest,
+        "sparsity": model.sparsity,
+        "forgotten": len(model.forgotten.tags),
+        "seconds": cost["wall"],
+    }
+    run.result(facts, f"{out} written in {cost['wall']:.1f} s ({_summary(model)}).")
+
+
+def _journal(run: Run, out: Path, key: dict[str, Any] | None) -> Journal | None:
+    from efface.cost import versions
+    from efface.journal import Journal
+
+    if key is None:
+        return None
+    journal = Journal(out.with_name(out.name + ".partial"), key | {"seed": run.seed} | versions())
+    if journal.start():
+        run.say(f"going on where an earlier run stopped ({journal.folder}).")
+    return journal
+
+
+def _summary(model: TrainedModel) -> str:
+    parts = [f"{sum(p.numel() for p in model.network.parameters()):,} parameters"]
+    if model.mask is not None:
+        parts.append(f"{model.sparsity:.1%} pruned")
+    if model.forgotten.tags:
+        parts.append(f"{len(model.forgotten.tags)} records forgotten")
+    return ", ".join(parts)
+
+
+def audit_text(run: Run, result: dict[str, Any], out: Path) -> str:
+    """An audit as a table, the gaps and the verdict."""
+
+    def number(value: float | None) -> str:
+        return "—" if value is None else f"{value:.3f}"
+
+    rows = [
+        [
+            f["name"],
+            number(f["value"]),
+            "" if f["low"] is None else f"[{f['low']:.3f}, {f['high']:.3f}]",
+            *(number(f[k]) for k in ("original", "reference", "gap", "floor")),
+        ]
+        for f in result["findings"]
+    ]
+    columns = ["finding", "after", "95 %", "original", "retrained", "gap", "floor"]
+    return "\n".join(
+        [
+            run.table("", columns, rows),
+            f"average gap {number(result['average_gap'])}, gap-A {number(result['gap_a'])}",
+            f"verdict: {result['verdict']}. {result['subject']['verdict_sentence']}",
+            f"report: {out / 'report.html'}",
+        ]
+    )
