@@ -206,6 +206,16 @@ def load(path: str | Path, task: Task) -> TrainedModel:
     Raises:
         CheckpointError: If the file is damaged, of another network, or not written by efface.
         MismatchError: If record IDs are positions and the data is not the data it was trained on.
+
+    Example:
+        >>> import tempfile, torch, efface
+        >>> x = torch.randn(64, 4); y = (x[:, 0] > 0).long()
+        >>> task = efface.Task(lambda: torch.nn.Linear(4, 2), (x, y), (x, y))
+        >>> trained = efface.train(task)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = trained.save(f"{folder}/model.safetensors")
+        ...     efface.load(path, task).digest == trained.digest
+        True
     """
     tensors, metadata = read_file(path)
     if metadata.get("schema") != SCHEMA:

@@ -211,38 +211,39 @@ def audit(
     from efface import verbs
     from efface.checkpoint import load
     from efface.files import check_output
-    from efface.report.result import VERDICTS
 
     run.start()
     check_output(out / "audit.json", run.force)
-    unknown = set(fail_on or ()) - set(VERDICTS)
-    if unknown:
-        raise InputError(f"--fail-on {sorted(unknown)[0]!r}: must be one of {', '.join(VERDICTS)}.")
-    if tier not in (None, 0, 1) or (tier == 1 and not reference):
-        raise InputError("--tier must be 0, or 1 with at least one --reference.")
+    _check_audit(tier, reference, fail_on)
     made = get_task(task)
     models = [load(path, made) for path in (before, after, *(reference or ()))]
-    references = models[2:] if tier != 0 else []
     select = {"ids": ids, "label": label, "fraction": fraction, "where": where, "seed": split_seed}
-    split = get_split(made, select) if chosen(select) else None
+    split = get_split(made, select) if chosen(select) else verbs.split_of(models[0], models[1])
+    options: dict[str, Any] = {"seed": run.seed, "device": run.device}
     with run.progress() as progress:
         result = verbs.audit(
             models[0],
             models[1],
             split,
-            references,
-            seed=run.seed,
-            device=run.device,
+            models[2:] if tier != 0 else [],
             reproduce=[this_command(made)],
             progress=progress,
+            **options,
         )
-    rows = None
-    if per_record:
-        rows = verbs.per_record(models[1], split or verbs.split_of(models[0], models[1]))
-    result.save(out, rows, force=run.force)
+    result.save(out, verbs.per_record(models[1], split) if per_record else None, force=run.force)
     run.result(result.to_dict(), audit_text(run, result.to_dict(), out))
     if result.verdict in (fail_on or ()):
         raise typer.Exit(3)
+
+
+def _check_audit(tier: int | None, reference: list[Path] | None, fail_on: list[str] | None) -> None:
+    from efface.report.result import VERDICTS
+
+    unknown = set(fail_on or ()) - set(VERDICTS)
+    if unknown:
+        raise InputError(f"--fail-on {sorted(unknown)[0]!r}: must be one of {', '.join(VERDICTS)}.")
+    if tier not in (None, 0, 1) or (tier == 1 and not reference):
+        raise InputError("--tier must be 0, or 1 with at least one --reference.")
 
 
 @command

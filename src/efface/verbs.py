@@ -81,6 +81,13 @@ def adopt(task: Task, weights: Mapping[str, Tensor], *, name: str = "weights") -
 
     Raises:
         CheckpointError: If the weights are of another network.
+
+    Example:
+        >>> import torch, efface
+        >>> x = torch.randn(64, 4); y = (x[:, 0] > 0).long()
+        >>> task = efface.Task(lambda: torch.nn.Linear(4, 2), (x, y), (x, y))
+        >>> efface.adopt(task, torch.nn.Linear(4, 2).state_dict()).lineage[0].verb
+        'adopt'
     """
     plain, mask = _fold_pruned(dict(weights))
     network = task.network()
@@ -116,6 +123,14 @@ def prune(
         device: Where to compute.
         progress: Called after every step.
         journal: Where to keep the state, so that a killed run goes on.
+
+    Example:
+        >>> import torch, efface
+        >>> x = torch.randn(64, 4); y = (x[:, 0] > 0).long()
+        >>> task = efface.Task(lambda: torch.nn.Linear(4, 2), (x, y), (x, y))
+        >>> pruner = efface.sparsify.OneShot(sparsity=0.5, scope="all", recovery=1)
+        >>> efface.prune(efface.train(task), pruner).sparsity
+        0.5
     """
     pruner = pruner or OneShot()
     model = trained.copy()
@@ -207,6 +222,15 @@ def retrain(
 
     Raises:
         NeedsError: If ``like`` asks for what the model does not have.
+
+    Example:
+        >>> import torch, efface
+        >>> x = torch.randn(64, 4); y = (x[:, 0] > 0).long()
+        >>> task = efface.Task(lambda: torch.nn.Linear(4, 2), (x, y), (x, y))
+        >>> split = efface.Split.by_ids(task, [3, 5, 8])
+        >>> reference = efface.retrain(task, split, seed=1)
+        >>> len(reference.forgotten.tags)
+        3
     """
     before = model.forgotten if model is not None else Forgotten()
     earlier = before.positions(task)
@@ -311,6 +335,17 @@ def audit(
     Raises:
         MismatchError: If the split is not what the model was made to forget, or a reference
             differs in settings, data or mask from what it should match.
+
+    Example:
+        >>> import torch, efface
+        >>> x = torch.randn(64, 4); y = (x[:, 0] > 0).long()
+        >>> task = efface.Task(lambda: torch.nn.Linear(4, 2), (x, y), (x, y))
+        >>> trained = efface.train(task)
+        >>> split = efface.Split.random(task, 0.25)
+        >>> after = efface.forget(trained, split, "finetune")
+        >>> result = efface.audit(trained, after, split, [efface.retrain(task, split)])
+        >>> result.verdict, result["ra"]["n"]
+        ('not measurable', 48)
     """
     if split is None:
         split = split_of(before, after)
