@@ -41,7 +41,13 @@ DIGITS_DEFAULTS: dict[str, dict[str, Any]] = {
     "neggrad-plus": {"epochs": 3, "lr": 0.1},
     "random-label": {"epochs": 3, "lr": 0.05},
 }
-CIFAR10_DEFAULTS: dict[str, dict[str, Any]] = {}
+CIFAR10_DEFAULTS: dict[str, dict[str, Any]] = {
+    "finetune": {"epochs": 1, "lr": 0.1},
+    "l1-sparse": {"alpha": 1e-4, "epochs": 1, "lr": 0.1},
+    "gradient-ascent": {"epochs": 3, "lr": 1e-3},
+    "neggrad-plus": {"epochs": 1, "lr": 0.03},
+    "random-label": {"epochs": 1, "lr": 0.1},
+}
 
 
 def _task(train: Images, validation: Images, test: Images, **more: Any) -> Task:
