@@ -180,16 +180,16 @@ def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         data = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}; check the path.") from None
-    if data[:2] in (b"PK", b"\x80\x02") or data[:1] == b"\x80":
-        raise CheckpointError(
-            f"{path} is a pickle, which efface never opens; convert it where you trust it: "
-            "safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'model.safetensors')."
-        )
     try:
         tensors = load_bytes(data)
         (length,) = struct.unpack("<Q", data[:8])
         metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
     except (SafetensorError, ValueError, struct.error, KeyError) as error:
+        if data[:2] == b"PK" or data[:1] == b"\x80":  # a whole safetensors file may begin so, too
+            raise CheckpointError(
+                f"{path} is a pickle, which efface never opens; convert it where you trust it: "
+                "safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'm.safetensors')."
+            ) from None
         raise CheckpointError(
             f"{path} is truncated, damaged or no safetensors file ({error}); restore it."
         ) from None
@@ -329,15 +329,18 @@ def describe_file(path: str | Path) -> dict[str, Any]:
     tensors, metadata = read_file(path)
     if metadata.get("schema") != SCHEMA:
         raise CheckpointError(f"{path} was not written by efface; take it in with: efface adopt.")
-    said = metadata.pop("metadata_digest", "")
+    if digest({k: v for k, v in metadata.items() if k != "metadata_digest"}) != metadata.get(
+        "metadata_digest"
+    ):
+        raise CheckpointError(f"{path}: its metadata is damaged; restore the file from a copy.")
     prefix = metadata["prefix"]
     mask = _take_mask(tensors, metadata, prefix)
-    _take(tensors, f"{prefix}rewind.")
+    rewind = _take(tensors, f"{prefix}rewind.")
     lineage = json.loads(metadata["lineage"])
     forgotten = json.loads(metadata["forgotten"])
     intact = (
-        digest(metadata) == said
-        and weights_digest(tensors) == metadata["weights_digest"]
+        weights_digest(tensors) == metadata["weights_digest"]
+        and (weights_digest(rewind) if rewind else "") == metadata["rewind_digest"]
         and (mask.digest if mask else "") == metadata["mask_digest"]
     )
     return {

@@ -35,6 +35,7 @@ from efface.errors import InputError, MethodError
 
 if TYPE_CHECKING:
     from efface.checkpoint import TrainedModel
+    from efface.task import Task
 
 
 @command
@@ -62,10 +63,10 @@ def train(
     """Train a model on all of a task's training records."""
     from efface import verbs
 
-    def work(common: dict[str, Any]) -> TrainedModel:
-        return verbs.train(get_task(task, sets), rewind=rewind, **common)
+    def work(made: Task, common: dict[str, Any]) -> TrainedModel:
+        return verbs.train(made, rewind=rewind, **common)
 
-    make(run, out, {"verb": "train", "task": task, "rewind": rewind, "sets": sets}, work)
+    make(run, out, (task, sets), {"verb": "train", "task": task, "rewind": rewind}, work)
 
 
 @command
@@ -79,10 +80,10 @@ def adopt(
     from efface import verbs
     from efface.checkpoint import read_file
 
-    def work(common: dict[str, Any]) -> TrainedModel:
-        return verbs.adopt(get_task(task), read_file(weights)[0], name=str(weights))
+    def work(made: Task, common: dict[str, Any]) -> TrainedModel:
+        return verbs.adopt(made, read_file(weights)[0], name=str(weights))
 
-    make(run, out, None, work)
+    make(run, out, (task, None), {"verb": "adopt"}, work)
 
 
 @command
@@ -107,10 +108,10 @@ def prune(
     pruner = build(method, {"sparsity": sparsity, **parse_sets(sets or [])})
     key = {"verb": "prune", "task": task, "model": digest_of(model), "pruner": repr(pruner)}
 
-    def work(common: dict[str, Any]) -> TrainedModel:
-        return verbs.prune(load(model, get_task(task)), pruner, **common)
+    def work(made: Task, common: dict[str, Any]) -> TrainedModel:
+        return verbs.prune(load(model, made), pruner, **common)
 
-    make(run, out, key, work)
+    make(run, out, (task, None), key, work)
 
 
 @command
@@ -131,22 +132,21 @@ def forget(
     from efface import verbs
     from efface.checkpoint import load
 
-    chosen = get_method(method, sets)
+    unlearner = get_method(method, sets)
     select = {"ids": ids, "label": label, "fraction": fraction, "where": where, "seed": split_seed}
     check_selection(select)
     key: dict[str, Any] = {
         "verb": "forget",
         "task": task,
         "model": digest_of(model),
-        "method": repr(chosen),
+        "method": repr(unlearner),
     }
     key["select"] = {k: str(v) for k, v in select.items()} | {"file": digest_of(ids)}
 
-    def work(common: dict[str, Any]) -> TrainedModel:
-        loaded = load(model, get_task(task))
-        return verbs.forget(loaded, get_split(loaded.task, select), chosen, **common)
+    def work(made: Task, common: dict[str, Any]) -> TrainedModel:
+        return verbs.forget(load(model, made), get_split(made, select), unlearner, **common)
 
-    make(run, out, key, work)
+    make(run, out, (task, None), key, work)
 
 
 @command
@@ -176,16 +176,15 @@ def retrain(
         "task": task,
         "model": digest_of(model),
         "like": like,
-        "sets": sets,
     }
     key["select"] = {k: str(v) for k, v in select.items()} | {"file": digest_of(ids)}
 
-    def work(common: dict[str, Any]) -> TrainedModel:
-        loaded = load(model, get_task(task, sets)) if model else None
-        made = loaded.task if loaded else get_task(task, sets)
-        return verbs.retrain(made, get_split(made, select), model=loaded, like=like, **common)  # type: ignore[arg-type]
+    def work(made: Task, common: dict[str, Any]) -> TrainedModel:
+        loaded = load(model, made) if model else None
+        split = get_split(made, select)
+        return verbs.retrain(made, split, model=loaded, like=like, **common)  # type: ignore[arg-type]
 
-    make(run, out, key, work)
+    make(run, out, (task, sets), key, work)
 
 
 @command
@@ -219,6 +218,7 @@ def audit(
     models = [load(path, made) for path in (before, after, *(reference or ()))]
     select = {"ids": ids, "label": label, "fraction": fraction, "where": where, "seed": split_seed}
     split = get_split(made, select) if chosen(select) else verbs.split_of(models[0], models[1])
+    split = split.without(models[0].forgotten.positions(made))
     options: dict[str, Any] = {"seed": run.seed, "device": run.device}
     with run.progress() as progress:
         result = verbs.audit(
@@ -230,7 +230,8 @@ def audit(
             progress=progress,
             **options,
         )
-    result.save(out, verbs.per_record(models[1], split) if per_record else None, force=run.force)
+    rows = verbs.per_record(models[1], split, device=run.device) if per_record else None
+    result.save(out, rows, force=run.force)
     run.result(result.to_dict(), audit_text(run, result.to_dict(), out))
     if result.verdict in (fail_on or ()):
         raise typer.Exit(3)

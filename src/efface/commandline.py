@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import shlex
 import sys
+import traceback
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -75,22 +76,31 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     @wraps(function)
     def run(**values: Any) -> None:
         common = Run(**{name: values.pop(name) for name in COMMON})
-        if common.debug:
-            function(common, **values)
-            return
         try:
             function(common, **values)
-        except EffaceError as error:
-            common.say(f"error: {error}")
-            raise typer.Exit(error.exit_code) from None
+        except (typer.Exit, typer.Abort):
+            raise
         except KeyboardInterrupt:
             common.say("interrupted; nothing is lost: the same command goes on where it stopped.")
             raise typer.Exit(1) from None
+        except Exception as error:
+            if common.debug:
+                traceback.print_exc()
+            common.say(f"error: {_sentence(error)}")
+            raise typer.Exit(getattr(error, "exit_code", 1)) from None
 
     own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
     run.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in [*own, *shared]}
     return app.command()(run)
+
+
+def _sentence(error: Exception) -> str:
+    """What an error says; one that efface did not foresee also says how to learn more."""
+    first = (str(error).splitlines() or [""])[0]
+    if isinstance(error, EffaceError):
+        return str(error)
+    return f"{type(error).__name__}: {first or 'no message'}; run again with --debug to see where."
 
 
 def get_task(spec: str, sets: list[str] | None = None) -> Task:
@@ -113,7 +123,7 @@ def get_method(name: str, sets: list[str] | None) -> Any:
         MethodError: If the file cannot be read or names no method.
     """
     from efface.options import merged, parse_sets
-    from efface.unlearn import build
+    from efface.unlearn import Unlearner, build
 
     options: dict[str, Any] = {}
     if name.endswith(".toml"):
@@ -126,7 +136,12 @@ def get_method(name: str, sets: list[str] | None) -> Any:
         if "method" not in options:
             raise MethodError(f'the method file {name} must name one: method = "finetune".')
         name = options.pop("method")
-    return build(name, merged(options, parse_sets(sets or [])))
+        if not isinstance(name, str):
+            raise MethodError(f"the method file must name a method, not {name!r}.")
+    built = build(name, merged(options, parse_sets(sets or [])))
+    if not isinstance(built, Unlearner):
+        raise MethodError(f"{name} is a pruner; use efface prune, or --method prune-first.")
+    return built
 
 
 def chosen(select: dict[str, Any]) -> list[str]:
@@ -190,22 +205,30 @@ def digest_of(path: Path | None) -> str:
 def make(
     run: Run,
     out: Path,
-    key: dict[str, Any] | None,
-    work: Callable[[dict[str, Any]], TrainedModel],
+    spec: tuple[str, list[str] | None],
+    key: dict[str, Any],
+    work: Callable[[Task, dict[str, Any]], TrainedModel],
 ) -> None:
-    """Make a model and save it; with a key, a killed run goes on from its journal."""
+    """Make a model and save it; a killed run of the same command goes on from its journal.
+
+    Args:
+        run: The common options.
+        out: Where the model goes.
+        spec: The task argument, and changes to its fit settings.
+        key: What the command is, apart from its task.
+        work: Makes the model.
+    """
     from efface.files import check_output
 
     run.start()
     check_output(out, run.force)
-    journal = _journal(run, out, key)
+    made = get_task(*spec)
+    journal = _journal(run, out, key, made)
     with run.progress() as progress:
-        model = work(
-            {"seed": run.seed, "device": run.device, "progress": progress, "journal": journal}
-        )
+        common = {"device": run.device, "progress": progress, "journal": journal}
+        model = work(made, {"seed": run.seed, **common})
     model.save(out, force=run.force)
-    if journal:
-        journal.clear()
+    journal.clear()
     cost = model.lineage[-1].cost
     facts = {
         "model": str(out),
@@ -217,13 +240,21 @@ def make(
     run.result(facts, f"{out} written in {cost['wall']:.1f} s ({_summary(model)}).")
 
 
-def _journal(run: Run, out: Path, key: dict[str, Any] | None) -> Journal | None:
+def _journal(run: Run, out: Path, key: dict[str, Any], task: Task) -> Journal:
+    """The journal beside an output; its key holds everything that the result depends on."""
     from efface.cost import versions
     from efface.journal import Journal
 
-    if key is None:
-        return None
-    journal = Journal(out.with_name(out.name + ".partial"), key | {"seed": run.seed} | versions())
+    shapes = {n: list(t.shape) for n, t in task.network().state_dict().items()}
+    facts = {
+        "seed": run.seed,
+        "fit": task.fit.to_dict(),
+        "data": task.data_fingerprint,
+        "defaults": repr(task.defaults),
+        "network": shapes,
+        "versions": versions(),
+    }
+    journal = Journal(out.with_name(out.name + ".partial"), key | facts)
     if journal.start():
         run.say(f"going on where an earlier run stopped ({journal.folder}).")
     return journal

@@ -62,6 +62,8 @@ def check_output(path: Path, force: bool) -> None:
         OutputError: With the way out in its sentence.
     """
     path = Path(path)
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder; give the name of a file.")
     if path.exists() and not force:
         raise OutputError(f"{path} exists already; give --force to replace it, or another name.")
     folder = path.parent

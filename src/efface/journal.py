@@ -43,25 +43,31 @@ class Journal:
         self.folder = Path(folder)
         self.key = digest(dict(key))
         self.seconds = seconds
+        self._own: bool | None = None
+
+    @property
+    def own(self) -> bool:
+        """Whether what lies in the folder is of this key."""
+        if self._own is None:
+            try:
+                value = json.loads((self.folder / "key.json").read_text())
+                self._own = isinstance(value, dict) and value.get("key") == self.key
+            except (OSError, ValueError):
+                self._own = False
+        return self._own
 
     def start(self) -> bool:
-        """Open the journal; True when there is something to go on from.
+        """Whether there is something to go on from.
 
-        Nothing is written before the first commit.
+        Nothing is written, or thrown away, before the first commit: a command with a slip in it
+        does not cost the unfinished work of the right one.
         """
-        name = self.folder / "key.json"
-        try:
-            same = json.loads(name.read_text())["key"] == self.key
-        except (OSError, ValueError, KeyError, TypeError):
-            same = False
-        if not same:
-            self.clear()
-        return same and any(self.folder.glob("fit-*.safetensors"))
+        return self.own and any(self.folder.glob("fit-*.safetensors"))
 
     def read(self, call: int | str) -> State | None:
         """The last commit of a fit (or what was kept under a name); None if absent or damaged."""
         path = self._path(call)
-        if not path.exists():
+        if not self.own or not path.exists():
             return None
         try:
             tensors, metadata = read_file(path)
@@ -73,9 +79,10 @@ class Journal:
 
     def write(self, call: int | str, state: State) -> None:
         """Commit a fit's state, or keep something else under a name."""
-        name = self.folder / "key.json"
-        if not name.exists():
-            write_atomic(name, canonical({"key": self.key}).encode())
+        if not self.own:
+            self.clear()
+            write_atomic(self.folder / "key.json", canonical({"key": self.key}).encode())
+            self._own = True
         tensors = {name: t.detach().cpu().contiguous().clone() for name, t in state.tensors.items()}
         metadata = {"values": json.dumps(dict(state.values)), "digest": weights_digest(tensors)}
         write_atomic(self._path(call), save_bytes(tensors, metadata))
@@ -83,6 +90,7 @@ class Journal:
     def clear(self) -> None:
         """Remove the folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        self._own = False
 
     def _path(self, call: int | str) -> Path:
         name = call if isinstance(call, str) else f"fit-{call:04d}"

@@ -25,30 +25,37 @@ def load_key() -> bytes:
     earlier ones, so keep it with the data.
 
     Raises:
-        MismatchError: If the key file named in the environment cannot be read.
+        MismatchError: If the key file cannot be read, or is empty.
         WriteError: If no key is set and none can be stored.
     """
     if text := os.environ.get("EFFACE_KEY"):
         return text.encode()
     if named := os.environ.get("EFFACE_KEY_FILE"):
-        try:
-            return Path(named).read_bytes().strip()
-        except OSError as error:
-            raise MismatchError(
-                f"the key file {named} cannot be read: {error.strerror}; correct EFFACE_KEY_FILE."
-            ) from None
+        return _read_key(Path(named))
     try:
         config = os.environ.get("XDG_CONFIG_HOME")
         path = (Path(config) if config else Path.home() / ".config") / "efface" / "key"
         if not path.exists():
             write_atomic(path, secrets.token_hex(32).encode())
             path.chmod(0o600)
-        return path.read_bytes().strip()
     except (OSError, RuntimeError, WriteError) as error:
         raise WriteError(
             "no key is set and none can be stored in your home folder; set EFFACE_KEY to a secret "
             f"text of your own ({error})."
         ) from None
+    return _read_key(path)
+
+
+def _read_key(path: Path) -> bytes:
+    try:
+        key = path.read_bytes().strip()
+    except OSError as error:
+        raise MismatchError(
+            f"the key file {path} cannot be read: {error.strerror}; correct EFFACE_KEY_FILE."
+        ) from None
+    if not key:
+        raise MismatchError(f"the key file {path} is empty; put a secret text into it.")
+    return key
 
 
 def key_fingerprint(key: bytes) -> str:

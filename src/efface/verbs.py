@@ -15,7 +15,7 @@ from torch import Tensor
 
 from efface import auditing, predict
 from efface.checkpoint import TrainedModel, load_weights
-from efface.errors import NeedsError, SelectionError
+from efface.errors import MethodError, NeedsError, SelectionError
 from efface.fitting import Progress
 from efface.journal import Journal
 from efface.lineage import Forgotten
@@ -187,6 +187,8 @@ def forget(
     """
     chosen: Unlearner = filled(build(method) if isinstance(method, str) else method, trained.task)
     split = split.without(trained.forgotten.positions(trained.task))
+    if not isinstance(chosen, Unlearner):
+        raise MethodError(f"{chosen!r} is no method that forgets; see: efface methods.")
     check_needs(chosen, trained, split)
     forgotten = trained.forgotten.adding(split)
     model = trained.copy()
@@ -366,10 +368,10 @@ def audit(
     return AuditResult(findings=findings, not_shown=not_shown, **document)
 
 
-def per_record(model: TrainedModel, split: Split) -> dict[str, list[Any]]:
+def per_record(model: TrainedModel, split: Split, *, device: str = "auto") -> dict[str, list[Any]]:
     """A row per record of D_f for those who ask for it: ID, label, answer, margin."""
-    task = split.task
-    values = predict.logits(model.network, task, task.records, split.forget)
+    task, where = split.task, pick_device(device)
+    values = predict.logits(model.network, task, task.records, split.forget, device=where)
     labels = task.records.targets[split.forget].numpy()
     return {
         "id": [task.ids_[i] for i in split.forget.tolist()],

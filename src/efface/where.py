@@ -44,12 +44,16 @@ def evaluate(expression: str, columns: Mapping[str, Column]) -> Column:
     """
     try:
         tree = ast.parse(expression.strip(), mode="eval").body
-    except (SyntaxError, ValueError) as error:
-        raise SelectionError(f"--where {expression!r} cannot be read: {error.args[0]}.") from None
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        why = error.args[0] if error.args else type(error).__name__
+        raise SelectionError(f"--where {_short(expression)} cannot be read: {why}.") from None
     if not isinstance(tree, ast.Compare | ast.BoolOp | ast.UnaryOp):
         raise _refusal(expression, tree)
     n = len(next(iter(columns.values())))
-    rows: Column = np.broadcast_to(_boolean(tree, expression, columns), (n,)).copy()
+    try:
+        rows: Column = np.broadcast_to(_boolean(tree, expression, columns), (n,)).copy()
+    except RecursionError:
+        raise SelectionError(f"--where {_short(expression)} is nested too deeply.") from None
     return rows
 
 
@@ -69,9 +73,14 @@ def redacted(expression: str, private: Collection[str]) -> str:
     return ast.unparse(tree)
 
 
+def _short(expression: str) -> str:
+    """The expression for an error sentence, not longer than one can read."""
+    return repr(expression if len(expression) <= 80 else expression[:79] + "…")
+
+
 def _refusal(expression: str, node: ast.AST) -> SelectionError:
     return SelectionError(
-        f"--where {expression!r} holds {ast.unparse(node)!r}; only comparisons of columns with "
+        f"--where {_short(expression)} holds {_short(ast.unparse(node))}; only comparisons of columns with "
         "values, joined by and, or, not, are allowed (e.g. \"age < 30 and site == 'north'\")."
     )
 
@@ -95,7 +104,12 @@ def _comparison(node: ast.Compare, expression: str, columns: Mapping[str, Column
     values = [_term(term, expression, columns) for term in terms]
     result: Any = True
     for compare, left, right in zip(node.ops, values, values[1:], strict=False):
-        if type(compare) not in _COMPARE:
+        listed = isinstance(right, list)
+        columns_in_list = listed and any(isinstance(v, np.ndarray) for v in right)
+        membership = isinstance(compare, ast.In | ast.NotIn)
+        if type(compare) not in _COMPARE or membership != listed or columns_in_list:
+            raise _refusal(expression, node)
+        if isinstance(left, list):
             raise _refusal(expression, node)
         _check_kinds(expression, left, right)
         result = result & _COMPARE[type(compare)](left, right)
@@ -107,7 +121,7 @@ def _check_kinds(expression: str, left: Any, right: Any) -> None:
     kinds = {np.asarray(side).dtype.kind in "OUS" for side in (left, right)}
     if len(kinds) == 2:
         raise SelectionError(
-            f"--where {expression!r} compares text with a number; put quotes around text values."
+            f"--where {_short(expression)} compares text with a number; put quotes around text values."
         )
 
 
@@ -115,7 +129,7 @@ def _term(node: ast.expr, expression: str, columns: Mapping[str, Column]) -> Any
     if isinstance(node, ast.Name):
         if node.id not in columns:
             raise SelectionError(
-                f"--where {expression!r} names an unknown column {node.id!r}: "
+                f"--where {_short(expression)} names an unknown column {node.id!r}: "
                 f"{nearest(node.id, columns)}"
             )
         return columns[node.id]

@@ -128,7 +128,14 @@ def load_task(spec: str) -> Task:
         return BUILT_IN[spec]()
     module_name, _, attribute = spec.partition(":")
     value = _attribute(module_name, attribute, spec)
-    task = value() if callable(value) and not isinstance(value, Task) else value
+    try:
+        task = value() if callable(value) and not isinstance(value, Task) else value
+    except InputError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise TaskError(
+            f"task {spec} failed ({type(error).__name__}: {error}); mend it."
+        ) from error
     if not isinstance(task, Task):
         raise TaskError(f"{spec} is {type(task).__name__}, not an efface.Task (or makes none).")
     return task
@@ -141,7 +148,7 @@ def _attribute(module_name: str, attribute: str, spec: str) -> Any:
         module = importlib.import_module(module_name)
     except InputError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise TaskError(
             f"module {module_name!r} of task {spec!r} cannot be imported "
             f"({type(error).__name__}: {error}); run from its folder, or install it."

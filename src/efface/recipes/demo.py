@@ -29,7 +29,7 @@ from efface.console import Run, bars
 from efface.cost import Stopwatch, versions
 from efface.data import Stream
 from efface.datasets import cifar10, digits, with_wrong_labels
-from efface.errors import InputError, MismatchError, nearest
+from efface.errors import InputError, MismatchError, OutputError, nearest
 from efface.files import canonical, check_output, digest, write_atomic
 from efface.fitting import Fit, Progress
 from efface.journal import Journal
@@ -126,14 +126,23 @@ def run_demo(run: Run, task: str, out: Path, *, full: bool = False) -> None:
 
 
 def _prepare(run: Run, out: Path, plans: list[Plan]) -> None:
-    """Check the output folder: new, or left by a killed run of this very demo."""
+    """Check the output folder: new, empty, or a demo's; only what a demo wrote is ever removed."""
     check_output(out / "results.json", run.force)
     key = digest([asdict(plan) for plan in plans] + [versions()])
-    name = out / "demo.json"
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        if json.loads(name.read_text())["key"] == key and not (out / "results.json").exists():
-            run.say(f"going on where an earlier run stopped ({out}).")
-            return
+    name, finished = out / "demo.json", (out / "results.json").exists()
+    if out.is_dir() and any(out.iterdir()) and not name.exists():
+        raise OutputError(f"{out} holds other files than a demo's; give a new or empty folder.")
+    try:
+        same = json.loads(name.read_text())["key"] == key
+    except (OSError, ValueError, KeyError, TypeError):
+        same = False
+    if same and not finished:
+        run.say(f"going on where an earlier run stopped ({out}).")
+        return
+    if name.exists() and not finished and not run.force:
+        raise OutputError(
+            f"{out} holds an unfinished demo with other settings; give --force, or another folder."
+        )
     for part in ("models", "audits"):
         shutil.rmtree(out / part, ignore_errors=True)
     (out / "results.json").unlink(missing_ok=True)

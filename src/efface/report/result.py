@@ -140,7 +140,9 @@ class AuditResult:
         directory = Path(directory)
         check_output(directory / "audit.json", force)
         text, page = self.to_json(), audit_page(self)
-        if per_record is not None:
+        if per_record is None:  # an earlier audit's must not stay beside this one
+            (directory / "per_record.csv").unlink(missing_ok=True)
+        else:
             write_atomic(directory / "per_record.csv", _csv(per_record).encode(errors="replace"))
         # A path that is no text may be among the commands: it is escaped, not a crash.
         write_atomic(directory / "report.html", page.encode(errors="xmlcharrefreplace"))

@@ -100,7 +100,7 @@ def build(name: str, options: Mapping[str, Any] | None = None) -> Any:
         check_known(name, option, cls)
         hint = hints[option]
         if hint in (Unlearner, OneShot):
-            values[option] = _nested(value, fields[option])
+            values[option] = _nested(name, option, value, fields[option])
         else:
             values[option] = convert(name, option, value, hint)
     missing = [
@@ -115,15 +115,20 @@ def build(name: str, options: Mapping[str, Any] | None = None) -> Any:
     return cls(**values)
 
 
-def _nested(value: Any, field: dataclasses.Field[Any]) -> Any:
+def _nested(name: str, option: str, value: Any, field: dataclasses.Field[Any]) -> Any:
     """A method inside a wrapper: an object, a name, or options with or without a name."""
-    if not isinstance(value, str | Mapping):
-        return value
-    options = {"method": value} if isinstance(value, str) else dict(value)
-    inner = options.pop("method", None)
-    if inner is None and field.default_factory is not dataclasses.MISSING:
-        inner = field.default_factory().name
-    return build(str(inner), options)
+    inner = value
+    if isinstance(value, str | Mapping):
+        options = {"method": value} if isinstance(value, str) else dict(value)
+        kind = options.pop("method", None)
+        if kind is None and field.default_factory is not dataclasses.MISSING:
+            kind = field.default_factory().name
+        inner = build(str(kind), options)
+    wanted = OneShot if option == "pruner" else Unlearner
+    if not isinstance(inner, wanted):
+        what = "a pruner (one-shot)" if wanted is OneShot else "a method"
+        raise MethodError(f"{name}: {option} must be {what}, not {value!r}.")
+    return inner
 
 
 def catalogue(name: str | None = None) -> list[dict[str, Any]]:
