@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import os
@@ -10,7 +11,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from efface.errors import MismatchError, WriteError
-from efface.files import write_atomic
 
 TAG_LENGTH = 16
 """Hexadecimal digits of a tag: 64 bits, enough to tell millions of records apart."""
@@ -36,14 +36,28 @@ def load_key() -> bytes:
         config = os.environ.get("XDG_CONFIG_HOME")
         path = (Path(config) if config else Path.home() / ".config") / "efface" / "key"
         if not path.exists():
-            write_atomic(path, secrets.token_hex(32).encode())
-            path.chmod(0o600)
-    except (OSError, RuntimeError, WriteError) as error:
+            _make_key(path)
+    except (OSError, RuntimeError) as error:
         raise WriteError(
             "no key is set and none can be stored in your home folder; set EFFACE_KEY to a secret "
             f"text of your own ({error})."
         ) from None
     return _read_key(path)
+
+
+def _make_key(path: Path) -> None:
+    """Make a key file that only its owner may read; of two made at once, one wins for both."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".key.{os.getpid()}.tmp")
+    handle = os.open(temporary, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
+    try:
+        os.write(handle, secrets.token_hex(32).encode())
+        os.fsync(handle)
+        with contextlib.suppress(FileExistsError):
+            os.link(temporary, path)  # unlike a rename, never replaces
+    finally:
+        os.close(handle)
+        temporary.unlink()
 
 
 def _read_key(path: Path) -> bytes:

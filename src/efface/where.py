@@ -80,8 +80,8 @@ def _short(expression: str) -> str:
 
 def _refusal(expression: str, node: ast.AST) -> SelectionError:
     return SelectionError(
-        f"--where {_short(expression)} holds {_short(ast.unparse(node))}; only comparisons of columns with "
-        "values, joined by and, or, not, are allowed (e.g. \"age < 30 and site == 'north'\")."
+        f"--where {_short(expression)} holds {_short(ast.unparse(node))}; only comparisons "
+        "of columns with values, joined by and, or, not, are allowed (e.g. \"age < 30 and site == 'north'\")."
     )
 
 
@@ -121,7 +121,7 @@ def _check_kinds(expression: str, left: Any, right: Any) -> None:
     kinds = {np.asarray(side).dtype.kind in "OUS" for side in (left, right)}
     if len(kinds) == 2:
         raise SelectionError(
-            f"--where {_short(expression)} compares text with a number; put quotes around text values."
+            f"--where {_short(expression)} compares text with a number; put quotes around text."
         )
 
 
