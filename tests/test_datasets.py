@@ -382,7 +382,7 @@ def test_crop_flip_reaches_every_shift_and_flip() -> None:
     torch.manual_seed(0)
     images = torch.arange(81.0).view(1, 1, 9, 9).expand(2000, 1, 9, 9)
     found = CropFlip(1)(images, torch.rand(2000, 3))
-    kinds, counts = found[:, 0, 4, [3, 5]].unique(dim=0, return_counts=True)
+    kinds, counts = torch.unique(found[:, 0, 4, [3, 5]], dim=0, return_counts=True)
     assert len(kinds) == 3 * 3 * 2
     assert counts.min() > 2000 / 18 / 2
 

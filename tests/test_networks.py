@@ -37,7 +37,7 @@ def test_parameters_and_shapes(name: str) -> None:
     assert all(p.requires_grad for p in network.parameters())
     logits = network(torch.rand(3, *shape))
     assert logits.shape == (3, 10)
-    logits.sum().backward()
+    torch.autograd.backward(logits.sum())
     assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
 
 
@@ -88,7 +88,7 @@ def test_per_sample_gradients_by_vmap(name: str) -> None:
     found = vmap(grad(loss), (None, 0, 0))(parameters, inputs, targets)
     for i in range(2):
         network.zero_grad()
-        F.cross_entropy(network(inputs[i : i + 1]), targets[i : i + 1]).backward()
+        torch.autograd.backward(F.cross_entropy(network(inputs[i : i + 1]), targets[i : i + 1]))
         for key, p in network.named_parameters():
             torch.testing.assert_close(found[key][i], p.grad, rtol=1e-8, atol=1e-10)
 
@@ -131,9 +131,10 @@ def test_digits_cnn_learns_the_digits() -> None:
     order = torch.Generator().manual_seed(0)
     for epoch in range(6):
         optimizer.param_groups[0]["lr"] = 0.1 * (1 - epoch / 6)
-        for batch in torch.randperm(len(train.labels), generator=order).split(64):
+        for batch in torch.split(torch.randperm(len(train.labels), generator=order), 64):
             optimizer.zero_grad()
-            F.cross_entropy(network(train.images[batch]), train.labels[batch]).backward()
+            loss = F.cross_entropy(network(train.images[batch]), train.labels[batch])
+            torch.autograd.backward(loss)
             optimizer.step()
     right = network.eval()(test.images).argmax(1) == test.labels
     assert right.float().mean() >= 0.97

@@ -79,9 +79,10 @@ def _short(expression: str) -> str:
 
 
 def _refusal(expression: str, node: ast.AST) -> SelectionError:
+    found = _short(ast.unparse(node))
     return SelectionError(
-        f"--where {_short(expression)} holds {_short(ast.unparse(node))}; only comparisons "
-        "of columns with values, joined by and, or, not, are allowed (e.g. \"age < 30 and site == 'north'\")."
+        f"--where {_short(expression)} holds {found}; only comparisons of columns with values, "
+        "joined by and, or, not, are allowed (e.g. \"age < 30 and site == 'north'\")."
     )
 
 
