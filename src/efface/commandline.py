@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from efface.console import Run, read_ids
-from efface.errors import EffaceError, InputError, MethodError
+from efface.errors import EffaceError, InputError, MethodError, SelectionError
 
 if TYPE_CHECKING:
     from efface.checkpoint import TrainedModel
@@ -47,7 +47,7 @@ Sets = Annotated[list[str] | None, typer.Option("--set", metavar="K=V", help="Ch
 Ids = Annotated[
     Path | None, typer.Option("--ids", metavar="FILE", help="Text (an ID a line), CSV or JSON.")
 ]
-Class = Annotated[int | None, typer.Option("--class", metavar="K", help="Every record of a class.")]
+Class = Annotated[str | None, typer.Option("--class", metavar="K", help="Every record of a class.")]
 Random = Annotated[
     float | None, typer.Option("--random", metavar="F", help="A random fraction, by --split-seed.")
 ]
@@ -169,10 +169,19 @@ def get_split(task: Task, select: dict[str, Any]) -> Split:
     if select["ids"] is not None:
         return Split.by_ids(task, read_ids(select["ids"]))
     if select["label"] is not None:
-        return Split.by_class(task, select["label"])
+        return Split.by_class(task, _label(task, select["label"]))
     if select["fraction"] is not None:
         return Split.random(task, select["fraction"], select["seed"])
     return Split.where(task, select["where"])
+
+
+def _label(task: Task, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise SelectionError(
+            f"--class {text!r} is not a class; classes are the whole numbers 0 to {task.classes - 1}."
+        ) from None
 
 
 def this_command(task: Task) -> str:

@@ -32,7 +32,9 @@ def decide(subject: Subject) -> Verdict:
     2. The MIA AUC's 95 % interval against the range of the references' AUCs (20 forgotten and 20
        matching test records at least: for fewer, the interval is too narrow).
 
-    Above in either: under-forgotten. Else below in either: over-forgotten. The same two statistics
+    Outside on the side of the untouched original, in either: under-forgotten. Else outside on the
+    other side, in either: over-forgotten. Where a statistic does not tell the original from
+    retraining, above counts as the original's side. The same two statistics
     must be able to tell the untouched original from retraining; if not, nothing was there to see
     and the word is *not measurable*, whatever the method did.
     """
@@ -48,10 +50,11 @@ def decide(subject: Subject) -> Verdict:
     k = len(subject.references)
     basis = f"{k} retrained models" if k > 1 else "one retrained model (their noise is unknown)"
     sentences = {
-        "under-forgotten": "The model still treats the forgotten records as known: it differs from "
+        "under-forgotten": "The model has not forgotten the records: it differs from "
         f"{basis} in the direction of the untouched original.",
-        "over-forgotten": "The model treats the forgotten records worse than records it never saw, "
-        f"compared with {basis}: the deletion itself may be visible.",
+        "over-forgotten": f"The model went past {basis}, away from the untouched original: it does "
+        "not treat the forgotten records as records that it never saw, and the deletion itself may "
+        "be visible.",
         "indistinguishable": f"On the forgotten records the model cannot be told from {basis} by "
         "the two statistics fixed in advance.",
     }
@@ -59,8 +62,11 @@ def decide(subject: Subject) -> Verdict:
 
 
 def compare(subject: Subject, model: TrainedModel) -> Word:
-    """Where a model lies against the retrained ones."""
-    sides = {margin_side(subject, model), auc_side(subject, model)}
+    """Where a model lies against the retrained ones, seen from the untouched original."""
+    sides = {
+        side(subject, model) * (side(subject, subject.before) or 1)
+        for side in (margin_side, auc_side)
+    }
     if 1 in sides:
         return "under-forgotten"
     return "over-forgotten" if -1 in sides else "indistinguishable"

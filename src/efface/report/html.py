@@ -118,7 +118,7 @@ def _environment() -> jinja2.Environment:
 
 def _when(created: str) -> str:
     """``2026-11-21T12:00:00Z`` for readers: ``2026-11-21 12:00 UTC``; other texts as they are."""
-    return re.sub(r"^(\d{4}-\d\d-\d\d)T(\d\d:\d\d).*Z$", r"\1 \2 UTC", created)
+    return re.sub(r"^(\d{4}-\d\d-\d\d)T(\d\d:\d\d).*(Z|\+00:00)$", r"\1 \2 UTC", created)
 
 
 def _selection(selector: Mapping[str, Any] | None) -> str:
