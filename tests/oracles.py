@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
+import torch
+from torch import nn
 
 # --- statistics -----------------------------------------------------------------------------------
 
@@ -137,3 +140,115 @@ def modified_entropy(p: Sequence[float], target: int) -> float:
         if c != target:
             found -= share * math.log(1 - share)
     return found
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+def cut(positions: Sequence[int], size: int) -> list[list[int]]:
+    """Batches in order; a last batch of one record joins the one before."""
+    batches: list[list[int]] = []
+    for position in positions:
+        if not batches or len(batches[-1]) == size:
+            batches.append([])
+        batches[-1].append(position)
+    if len(batches) > 1 and len(batches[-1]) == 1:
+        alone = batches.pop()
+        batches[-1] += alone
+    return batches
+
+
+def learning_rate(step: int, steps: int, peak: float, schedule: str, warmup: float) -> float:
+    """The rate of a step, counted from 0: a straight line up, then the schedule's shape."""
+    if step < warmup * steps:
+        return peak * (step + 1) / (warmup * steps + 1)
+    rest = (step - warmup * steps) / (steps - warmup * steps)
+    if schedule == "linear":
+        return peak * (1 - rest)
+    if schedule == "cosine":
+        return peak * (1 + math.cos(math.pi * rest)) / 2
+    if schedule == "step":
+        return peak * (1.0 if step < steps / 2 else 0.1 if step < 3 * steps / 4 else 0.01)
+    return peak
+
+
+class ScalarOptimizer:
+    """SGD with Nesterov momentum, Adam and AdamW, one number at a time, from their formulas."""
+
+    def __init__(self, kind: str, momentum: float, weight_decay: float) -> None:
+        self.kind, self.mu, self.decay = kind, momentum, weight_decay
+        self.state: dict[str, list[list[float]]] = {}
+        self.steps: dict[str, int] = {}
+
+    def updated(self, name: str, w: list[float], g: list[float], lr: float) -> list[float]:
+        """The new weights."""
+        self.steps[name] = t = self.steps.get(name, 0) + 1
+        memory = self.state.setdefault(name, [[0.0, 0.0] for _ in w])
+        return [
+            self._sgd(*row, lr) if self.kind == "sgd" else self._adam(*row, lr, t)
+            for row in zip(w, g, memory, strict=True)
+        ]
+
+    def _sgd(self, w: float, g: float, memory: list[float], lr: float) -> float:
+        g = g + self.decay * w
+        memory[0] = self.mu * memory[0] + g  # v ← μv + g
+        return w - lr * (g + self.mu * memory[0])  # Nesterov: look ahead along v
+
+    def _adam(self, w: float, g: float, memory: list[float], lr: float, t: int) -> float:
+        if self.kind == "adamw":
+            w = w - lr * self.decay * w
+        else:
+            g = g + self.decay * w
+        memory[0] = 0.9 * memory[0] + 0.1 * g
+        memory[1] = 0.999 * memory[1] + 0.001 * g * g
+        first, second = memory[0] / (1 - 0.9**t), memory[1] / (1 - 0.999**t)
+        return w - lr * first / (math.sqrt(second) + 1e-8)
+
+
+@dataclass
+class HandStream:
+    """A stream of the hand-written loop: who comes when, and how often."""
+
+    permutation: Callable[[int], Sequence[int]]
+    size: int
+    period: int = 1
+    turn: int = -1
+    queue: list[list[int]] = field(default_factory=list)
+
+    def next(self) -> tuple[int, list[int]]:
+        """(pass, positions) of the next batch; a new pass starts where the last one ends."""
+        if not self.queue:
+            self.turn += 1
+            self.queue = cut(self.permutation(self.turn), self.size)
+        return self.turn, self.queue.pop(0)
+
+
+def train_by_hand(
+    network: nn.Module,
+    streams: dict[str, HandStream],
+    loss: Callable[[nn.Module, dict[str, tuple[int, list[int]]], int], torch.Tensor],
+    optimizer: ScalarOptimizer,
+    rates: Sequence[float],
+    *,
+    dropped: Callable[[int], dict[str, torch.Tensor]] = lambda step: {},
+    frozen_bn: bool = False,
+) -> list[float]:
+    """A plain loop over steps in place, updates by loops over numbers; the loss of every step."""
+    losses = []
+    for step, lr in enumerate(rates):
+        network.train()
+        for module in network.modules():
+            if frozen_bn and isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        batches = {n: s.next() for n, s in streams.items() if step % s.period == 0}
+        value = loss(network, batches, step)
+        named = dict(network.named_parameters())
+        gradients = torch.autograd.grad(value, list(named.values()))
+        losses.append(float(value.detach()))
+        for (name, p), g in zip(named.items(), gradients, strict=True):
+            new = optimizer.updated(name, p.flatten().tolist(), g.flatten().tolist(), lr)
+            gone = dropped(step).get(name)
+            for i, is_gone in enumerate([] if gone is None else gone.flatten().tolist()):
+                new[i] = 0.0 if is_gone else new[i]
+            p.data = torch.tensor(new, dtype=p.dtype).reshape(p.shape)
+    return losses

@@ -123,7 +123,7 @@ class TrainedModel:
         extra |= {f"{prefix}rewind.{n}": t.contiguous() for n, t in (self.rewind or {}).items()}
         # clone: tied weights share memory, which the format does not allow
         tensors = {name: t.clone() for name, t in (network | extra).items()}
-        return save_bytes(tensors, self._metadata(prefix))
+        return sorted_header(save_bytes(tensors, self._metadata(prefix)))
 
     def _metadata(self, prefix: str) -> dict[str, str]:
         last = self.lineage[-1] if self.lineage else None
@@ -148,6 +148,18 @@ class TrainedModel:
             "forgotten": canonical(asdict(self.forgotten)),
         }
         return metadata | {"metadata_digest": digest(metadata)}
+
+
+def sorted_header(data: bytes) -> bytes:
+    """The same safetensors file with its header in the order of names: equal models, equal bytes.
+
+    The format's own writer puts metadata in an order that changes from run to run.
+    """
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.dumps(json.loads(data[8 : 8 + length]), sort_keys=True, separators=(",", ":"))
+    text = header.encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + data[8 + length :]
 
 
 def _prefix(network: Mapping[str, Tensor]) -> str:
@@ -227,7 +239,7 @@ def load(path: str | Path, task: Task) -> TrainedModel:
     if digest(metadata) != said:
         raise CheckpointError(f"{path}: its metadata is damaged; restore the file from a copy.")
     prefix = metadata["prefix"]
-    mask = _take_mask(tensors, metadata, prefix)
+    mask = _take_mask(path, tensors, metadata, prefix)
     rewind = _take(tensors, f"{prefix}rewind.")
     _check_digest(path, "weights", weights_digest(tensors), metadata["weights_digest"])
     _check_digest(path, "mask", mask.digest if mask else "", metadata["mask_digest"])
@@ -258,7 +270,9 @@ def _take(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name[len(prefix) :]: tensors.pop(name) for name in names}
 
 
-def _take_mask(tensors: dict[str, Tensor], metadata: Mapping[str, str], prefix: str) -> Mask | None:
+def _take_mask(
+    path: str | Path, tensors: dict[str, Tensor], metadata: Mapping[str, str], prefix: str
+) -> Mask | None:
     shapes = json.loads(metadata["mask_shapes"])
     if not shapes:
         return None
@@ -266,7 +280,7 @@ def _take_mask(tensors: dict[str, Tensor], metadata: Mapping[str, str], prefix: 
     try:
         return Mask({name: unpack(packed[name], tuple(shape)) for name, shape in shapes.items()})
     except (KeyError, ValueError) as error:
-        raise CheckpointError(f"the mask is damaged ({error}); restore the file.") from None
+        raise CheckpointError(f"{path}: its mask is damaged ({error}); restore the file.") from None
 
 
 def _check_digest(path: str | Path, what: str, found: str, said: str) -> None:
@@ -334,7 +348,7 @@ def describe_file(path: str | Path) -> dict[str, Any]:
     ):
         raise CheckpointError(f"{path}: its metadata is damaged; restore the file from a copy.")
     prefix = metadata["prefix"]
-    mask = _take_mask(tensors, metadata, prefix)
+    mask = _take_mask(path, tensors, metadata, prefix)
     rewind = _take(tensors, f"{prefix}rewind.")
     lineage = json.loads(metadata["lineage"])
     forgotten = json.loads(metadata["forgotten"])

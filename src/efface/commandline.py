@@ -180,7 +180,7 @@ def _label(task: Task, text: str) -> int:
         return int(text)
     except ValueError:
         raise SelectionError(
-            f"--class {text!r} is not a class; classes are the whole numbers 0 to {task.classes - 1}."
+            f"--class {text!r} is not a class; classes are whole numbers, 0 to {task.classes - 1}."
         ) from None
 
 

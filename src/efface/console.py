@@ -87,15 +87,20 @@ class _Estimate:
     """Where there is no terminal: one line, once it is clear that the work takes over a minute."""
 
     def __init__(self, run: Run) -> None:
-        self.run, self.started, self.said = run, time.monotonic(), False
+        self.run, self.said = run, False
+        self.first: tuple[float, int] | None = None
 
     def __call__(self, label: str, done: int, total: int) -> None:
-        spent = time.monotonic() - self.started
-        if self.said or spent < 2 or done == 0:
+        now = time.monotonic()
+        if self.first is None:  # the first step loads and warms up: not counted
+            self.first = (now, done)
+        spent, steps = now - self.first[0], done - self.first[1]
+        if self.said or spent < 4 or steps < 1:
             return
         self.said = True
-        if spent / done * total > 60:
-            self.run.say(f"{label}: about {spent / done * total / 60:.0f} minutes.")
+        minutes = spent / steps * (total - done) / 60
+        if minutes > 1:
+            self.run.say(f"{label}: about {minutes:.0f} minutes.")
 
 
 def bars() -> Any:

@@ -241,9 +241,17 @@ def check_repeatable(dataset: Any) -> None:
 
 
 def fingerprint(records: Records) -> str:
-    """A digest of the number of records and of 16 of them: catches data that was reordered."""
-    parts = [str(len(records)), *(record_digest(records.raw(i)) for i in probes(len(records)))]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    """A digest of the data that changes when records are reordered, changed, added or removed.
+
+    In memory it is taken over everything; where records are loaded one by one, over all targets
+    and 16 records.
+    """
+    if isinstance(records, TensorRecords):
+        return record_digest((records.inputs, records.targets))
+    parts = [record_digest(records.raw(i)) for i in probes(len(records))]
+    return hashlib.sha256(
+        "\n".join([record_digest((records.targets, 0)), *parts]).encode()
+    ).hexdigest()
 
 
 def order(seed: int, purpose: str, epoch: int, positions: Tensor, total: int) -> Tensor:

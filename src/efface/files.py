@@ -26,6 +26,8 @@ def write_atomic(path: Path, data: bytes) -> None:
         WriteError: If it cannot be written (disk full, no permission); nothing is left behind.
     """
     path = Path(path)
+    made = [folder for folder in path.parents if not folder.exists()]
+    _sweep(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,6 +38,10 @@ def write_atomic(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+            for folder in made:
+                folder.rmdir()
         raise WriteError(
             f"cannot write {path}: {error.strerror or error}; free some space or choose another "
             "place (nothing was changed)."
@@ -43,6 +49,25 @@ def write_atomic(path: Path, data: bytes) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def _sweep(path: Path) -> None:
+    """Remove what processes that were killed while writing this file have left."""
+    for stale in path.parent.glob(f".{path.name}.*.tmp"):
+        owner = stale.name.split(".")[-2]
+        if owner.isdigit() and not _alive(int(owner)):
+            with contextlib.suppress(OSError):
+                stale.unlink()
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _sync_folder(folder: Path) -> None:

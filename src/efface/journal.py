@@ -18,7 +18,7 @@ from safetensors.torch import save as save_bytes
 from torch import Tensor
 
 from efface.checkpoint import read_file, weights_digest
-from efface.errors import CheckpointError
+from efface.errors import CheckpointError, WriteError
 from efface.files import canonical, digest, write_atomic
 
 
@@ -79,6 +79,14 @@ class Journal:
 
     def write(self, call: int | str, state: State) -> None:
         """Commit a fit's state, or keep something else under a name."""
+        try:
+            self._write(call, state)
+        except WriteError:
+            if not any(self.folder.glob("fit-*.safetensors")):
+                self.clear()
+            raise
+
+    def _write(self, call: int | str, state: State) -> None:
         if not self.own:
             self.clear()
             write_atomic(self.folder / "key.json", canonical({"key": self.key}).encode())

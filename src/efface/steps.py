@@ -75,6 +75,8 @@ def recalibrate_bn(
             stack.callback(setattr, layer, "momentum", layer.momentum)
             layer.reset_running_stats()
             layer.momentum = None
-        network.train()
+        network.eval()
+        for layer in layers:
+            layer.train()
         for batch in task.records.batches(chunks(positions, batch_size), device):
             task.forward(network, batch.inputs)

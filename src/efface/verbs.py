@@ -22,11 +22,11 @@ from efface.lineage import Forgotten
 from efface.mask import Mask
 from efface.placement import pick_device
 from efface.report import AuditResult
-from efface.session import How, Session, from_scratch
 from efface.signals import margin
 from efface.sparsify import OneShot
 from efface.task import Split, Task
 from efface.unlearn import Unlearner, build, check_needs, filled, to_json
+from efface.work import How, Work, from_scratch
 
 Like = Literal["dense", "same-mask", "rewound", "repruned"]
 
@@ -93,7 +93,7 @@ def adopt(task: Task, weights: Mapping[str, Tensor], *, name: str = "weights") -
     network = task.network()
     load_weights(network, plain, name)
     model = TrainedModel(task, network, mask=mask)
-    return Session(model, "adopt", 0, How("cpu")).close()
+    return Work(model, "adopt", 0, How("cpu")).close()
 
 
 def _fold_pruned(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], Mask | None]:
@@ -134,9 +134,9 @@ def prune(
     """
     pruner = pruner or OneShot()
     model = trained.copy()
-    session = Session(model, "prune", seed, How(device, progress, journal))
-    pruner(model, _remaining(model), session.fit)
-    return session.close(to_json(pruner))
+    work = Work(model, "prune", seed, How(device, progress, journal))
+    pruner(model, _remaining(model), work.fit)
+    return work.close(to_json(pruner))
 
 
 def _remaining(model: TrainedModel) -> Tensor:
@@ -192,9 +192,9 @@ def forget(
     check_needs(chosen, trained, split)
     forgotten = trained.forgotten.adding(split)
     model = trained.copy()
-    session = Session(model, "forget", seed, How(device, progress, journal))
-    chosen(model, split, session.fit)
-    return session.close(to_json(chosen), forgotten, split=split.sizes())
+    work = Work(model, "forget", seed, How(device, progress, journal))
+    chosen(model, split, work.fit)
+    return work.close(to_json(chosen), forgotten, split=split.sizes())
 
 
 def retrain(
@@ -244,10 +244,10 @@ def retrain(
     fresh = from_scratch(task, split.retain, "retrain", seed, how, **options)
     if like != "repruned":
         return fresh
-    session = Session(fresh, "prune", seed, replace(how, journal=_later(journal)))
+    work = Work(fresh, "prune", seed, replace(how, journal=_later(journal)))
     pruner = _pruner_of(model)
-    pruner(fresh, split.retain, session.fit)
-    return session.close(to_json(pruner), like=like)
+    pruner(fresh, split.retain, work.fit)
+    return work.close(to_json(pruner), like=like)
 
 
 def _later(journal: Journal | None) -> Journal | None:

@@ -246,8 +246,11 @@ def _check_reference(subject: Subject, reference: TrainedModel, gone: set[str]) 
             "efface retrain and the same selection."
         )
     theirs, ours = reference.trained_by(), subject.before.trained_by()
-    if theirs is None:
-        raise MismatchError("a reference was not trained by efface; make one with efface retrain.")
+    if theirs is None or not _retrained(reference):
+        raise MismatchError(
+            "a reference was not trained from fresh weights without the forgotten records; make "
+            "one with efface retrain."
+        )
     if ours is not None and dict(theirs.settings) != dict(ours.settings):
         keys = sorted({*theirs.settings, *ours.settings})
         differ = [k for k in keys if theirs.settings.get(k) != ours.settings.get(k)]
@@ -268,3 +271,13 @@ def _check_reference(subject: Subject, reference: TrainedModel, gone: set[str]) 
             f"model {mask.sparsity if mask else 0:.1%}; use efface retrain --like same-mask, "
             "or dense for a dense model."
         )
+
+
+def _retrained(model: TrainedModel) -> bool:
+    """Whether all that a model has forgotten was left out of a training from fresh weights."""
+    for step in reversed(model.lineage):
+        if step.verb == "retrain" or (step.method or {}).get("method") == "retrain":
+            return True
+        if step.verb != "prune":
+            return False
+    return False

@@ -16,6 +16,9 @@ LEAST_MARGIN = 0.1
 """Differences of mean margins below this many nats are never called."""
 
 
+FEW = " With fewer than three retrained models their noise is hardly known: make more."
+
+
 @dataclass(frozen=True)
 class Verdict:
     """A word and the reason for it."""
@@ -44,7 +47,8 @@ def decide(subject: Subject) -> Verdict:
         return Verdict(
             "not measurable",
             "Even the untouched original cannot be told from retrained models on these records, so "
-            "this audit cannot show that anything was forgotten.",
+            "this audit cannot show that anything was forgotten."
+            + (FEW if len(subject.references) < 3 else ""),
         )
     word = compare(subject, subject.after)
     k = len(subject.references)

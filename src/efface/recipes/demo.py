@@ -12,8 +12,10 @@ import contextlib
 import datetime
 import json
 import multiprocessing
+import os
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -130,7 +132,8 @@ def _prepare(run: Run, out: Path, plans: list[Plan]) -> None:
     check_output(out / "results.json", run.force)
     key = digest([asdict(plan) for plan in plans] + [versions()])
     name, finished = out / "demo.json", (out / "results.json").exists()
-    if out.is_dir() and any(out.iterdir()) and not name.exists():
+    foreign = [p for p in out.glob("*") if not p.name.startswith(".")] if out.is_dir() else []
+    if foreign and not name.exists():
         raise OutputError(f"{out} holds other files than a demo's; give a new or empty folder.")
     try:
         same = json.loads(name.read_text())["key"] == key
@@ -152,16 +155,34 @@ def _prepare(run: Run, out: Path, plans: list[Plan]) -> None:
 def _both(run: Run, plans: list[Plan], out: Path) -> list[dict[str, Any]]:
     """Both scenarios side by side, with a progress bar each."""
     context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager, futures.ProcessPoolExecutor(2, context) as pool:
-        queue = manager.Queue()
-        jobs = [pool.submit(play, plan, out, run.device, queue) for plan in plans]
+    queue: Any = context.Queue()
+    with futures.ProcessPoolExecutor(2, context, _begin, (queue,)) as pool:
+        jobs = [pool.submit(play, plan, out, run.device) for plan in plans]
         try:
             _watch(jobs, queue, plans)
             return [job.result() for job in jobs]
-        except KeyboardInterrupt:
+        except BaseException:  # Ctrl-C, or one of the two failed: the other need not go on
             for process in multiprocessing.active_children():
                 process.terminate()
             raise
+
+
+_queue: Any = None
+"""Where a worker process tells how far it is; set when it begins."""
+
+
+def _begin(queue: Any) -> None:
+    """Start a worker: it ends when its parent does, however that ends."""
+    global _queue
+    _queue = queue
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _watch(jobs: list[futures.Future[Any]], queue: Any, plans: list[Plan]) -> None:
@@ -219,12 +240,12 @@ class _Stages:
         self.tell(name, self.done)
 
 
-def play(plan: Plan, out: Path, device: str, queue: Any) -> dict[str, Any]:
+def play(plan: Plan, out: Path, device: str) -> dict[str, Any]:
     """One scenario, in a process of its own."""
     torch.set_num_threads(1)
     task, split = plan.build()
     folder = out / "models" / plan.scenario
-    stages = _Stages(plan, task, folder, lambda *step: queue.put((plan.scenario, *step)))
+    stages = _Stages(plan, task, folder, lambda *step: _queue.put((plan.scenario, *step)))
     common: dict[str, Any] = {"device": device}
 
     def trained(**more: Any) -> TrainedModel:

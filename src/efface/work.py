@@ -1,4 +1,4 @@
-"""A session: a fit bound to a model, and the step of lineage that it will have been."""
+"""Work on a model: a fit bound to a model, and the step of lineage that it will have been."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class How:
     journal: Journal | None = None
 
 
-class Session:
+class Work:
     """A fit bound to a model, and the step that it will have been."""
 
     def __init__(self, model: TrainedModel, verb: str, seed: int, how: How) -> None:
@@ -109,16 +109,16 @@ def from_scratch(
             f"rewind must be one of the {task.fit.epochs} epochs of efface's own loop, "
             f"not {rewind}."
         )
-    session = Session(TrainedModel(task, task.network()), verb, seed, how)
-    model = session.model = _fresh_model(session.fit, mask, start)
-    fit = replace(session.fit, subject=model)
+    work = Work(TrainedModel(task, task.network()), verb, seed, how)
+    model = work.model = _fresh_model(work.fit, mask, start)
+    fit = replace(work.fit, subject=model)
     if rewind:
         fit = fit.with_(hook=Rewind(model, rewind, how.journal))
     train_from(fit, model.network, positions, label=verb)
     if rewind and model.rewind is None and how.journal:
         kept = how.journal.read("rewind")  # by the run that was killed
         model.rewind = kept.tensors if kept else None
-    return session.close(None, forgotten, **detail)
+    return work.close(None, forgotten, **detail)
 
 
 def _fresh_model(fit: Fit, mask: Mask | None, start: Mapping[str, Tensor] | None) -> TrainedModel:
