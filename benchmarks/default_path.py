@@ -30,11 +30,11 @@ from efface.networks import AirNet, ResNet20, ThreeConv
 from efface.placement import rule
 
 BATCH = 250
-PAIRS = 7
+PAIRS = 5
 
 CASES: dict[str, tuple[Callable[[], nn.Module], int, float]] = {
     "AirNet": (AirNet, 1000, 3.2),
-    "ResNet20": (ResNet20, 500, 2.2),
+    "ResNet20": (ResNet20, 750, 2.2),
     "ThreeConv": (ThreeConv, 1000, 2.2),
 }
 """Network, images, target."""

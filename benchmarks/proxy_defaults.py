@@ -13,6 +13,7 @@ import argparse
 import itertools
 import json
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ GRIDS: dict[str, dict[str, dict[str, list[Any]]]] = {
 PROXIES = {"digits": ([1, 7], [11, 12], 3), "cifar10": ([8], [11], 1)}
 """Classes, seeds of random tenths, and retrained models per proxy."""
 
-TASKS = {"digits": digits, "cifar10": lambda: cifar10(10_000)}
+TASKS: dict[str, Callable[[], efface.Task]] = {"digits": digits, "cifar10": lambda: cifar10(10_000)}
 """cifar10 is searched on half of the demo's images, dense only: time."""
 
 

@@ -18,7 +18,7 @@ def logits(
     positions: Tensor | None = None,
     *,
     device: torch.device | None = None,
-    batch_size: int = 500,
+    batch_size: int | None = None,
 ) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
     """Logits of un-augmented records, in eval mode and fp32; modes are left as found.
 
@@ -28,12 +28,14 @@ def logits(
         records: Training or test records.
         positions: Which of them; all by default.
         device: Where to compute; the CPU by default.
-        batch_size: Records per forward pass.
+        batch_size: Records per forward pass; by default 125 on a CPU (which then stays in the
+            cache) and 500 elsewhere.
 
     Returns:
         float32 ``[n, C]``, in the order of ``positions``.
     """
     device = device or torch.device("cpu")
+    batch_size = batch_size or (125 if device.type == "cpu" else 500)
     positions = torch.arange(len(records)) if positions is None else positions
     parts: list[Tensor] = []
     with preserved(network), placed(network, device, train=False), torch.inference_mode():
