@@ -181,6 +181,12 @@ def weights_digest(tensors: Mapping[str, Tensor]) -> str:
     return total.hexdigest()
 
 
+def blank_network(task: Task) -> nn.Module:
+    """A network of the task to load weights into; the global random state is kept."""
+    with torch.random.fork_rng(devices=[]):
+        return task.network()
+
+
 def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file; a pickle is refused, never read.
 
@@ -246,7 +252,7 @@ def load(path: str | Path, task: Task) -> TrainedModel:
     _check_digest(
         path, "rewind", weights_digest(rewind) if rewind else "", metadata["rewind_digest"]
     )
-    network = task.network()
+    network = blank_network(task)
     load_weights(network, tensors, str(path))
     model = TrainedModel(
         task,

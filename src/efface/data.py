@@ -171,6 +171,12 @@ def as_records(
         return _read(dataset, workers, collate, limit)
     if len(records) == 0:
         raise TaskError("the data set is empty; a task needs at least one record.")
+    lengths = {len(leaf) for leaf in tree_flatten(records.inputs)[0]}
+    if lengths != {len(records)}:
+        raise TaskError(
+            f"there are {len(records)} targets but inputs of {sorted(lengths)} records; give one "
+            "target per record, in the same order."
+        )
     return records
 
 

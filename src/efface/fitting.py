@@ -268,9 +268,10 @@ class _Run:
                 for name, feed in self.feeds.items()
                 if self.step % feed.stream.period == 0
             }
-            self.total += self._one_step(
-                due, Clock(epoch, self.settings.epochs, self.step, self.steps)
-            )
+            if due:
+                self.total += self._one_step(
+                    due, Clock(epoch, self.settings.epochs, self.step, self.steps)
+                )
             self.step += 1
             if self.fit.progress:
                 self.fit.progress(self.label, self.step, self.steps)

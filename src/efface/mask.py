@@ -119,7 +119,7 @@ class Mask(Mapping[str, Tensor]):
         Raises:
             MismatchError: If the two name other weights.
         """
-        if self.keys() != other.keys():
+        if {n: t.shape for n, t in self.items()} != {n: t.shape for n, t in other.items()}:
             raise MismatchError("the masks name different weights; compare masks of one scope.")
         both = sum(int((self[name] & other[name]).sum()) for name in self)
         either = sum(int((self[name] | other[name]).sum()) for name in self)

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
 from efface.errors import MethodError, nearest
 
@@ -26,6 +26,8 @@ def convert(owner: str, option: str, value: Any, hint: Any) -> Any:
         value = None
     try:
         return TypeAdapter(hint).validate_python(value)
+    except PydanticSchemaGenerationError:
+        raise MethodError(f"{owner}: {option} can only be given in Python.") from None
     except ValidationError:
         raise MethodError(f"{owner}: {option} must be {in_words(hint)}, not {value!r}.") from None
 

@@ -6,6 +6,7 @@ new model's lineage, with its cost.
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor
 
 from efface import auditing, predict
-from efface.checkpoint import TrainedModel, load_weights
-from efface.errors import MethodError, NeedsError, SelectionError
+from efface.checkpoint import TrainedModel, blank_network, load_weights
+from efface.errors import MethodError, NeedsError, SelectionError, nearest
 from efface.fitting import Progress
 from efface.journal import Journal
 from efface.lineage import Forgotten
@@ -90,7 +91,7 @@ def adopt(task: Task, weights: Mapping[str, Tensor], *, name: str = "weights") -
         'adopt'
     """
     plain, mask = _fold_pruned(dict(weights))
-    network = task.network()
+    network = blank_network(task)
     load_weights(network, plain, name)
     model = TrainedModel(task, network, mask=mask)
     return Work(model, "adopt", 0, How("cpu")).close()
@@ -260,6 +261,8 @@ def _likeness(
 ) -> tuple[Mask | None, Mapping[str, Tensor] | None]:
     if like == "dense":
         return None, None
+    if like not in typing.get_args(Like):
+        raise MethodError(f"like {like!r} is unknown; {nearest(like, typing.get_args(Like))}")
     if model is None or model.mask is None:
         raise NeedsError(f"--like {like} needs a pruned model to be like; give it as --model.")
     if like == "same-mask":

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efface.checkpoint import TrainedModel, weights_digest
+from efface.checkpoint import TrainedModel, blank_network, weights_digest
 from efface.cost import Stopwatch, versions
 from efface.errors import MethodError
 from efface.fitting import Clock, Fit, History, Progress, warm_up
@@ -85,9 +85,11 @@ class Work:
 
 
 def _settings(task: Task) -> dict[str, Any]:
-    own = task.train_fn
-    routine = {"train_fn": f"{own.__module__}.{own.__qualname__}"} if own is not None else {}
-    return task.fit.to_dict() | routine
+    own = getattr(task.train_fn, "func", task.train_fn)  # of a functools.partial
+    if own is None:
+        return task.fit.to_dict()
+    named = own if hasattr(own, "__qualname__") else type(own)
+    return task.fit.to_dict() | {"train_fn": f"{named.__module__}.{named.__qualname__}"}
 
 
 def from_scratch(
@@ -109,7 +111,7 @@ def from_scratch(
             f"rewind must be one of the {task.fit.epochs} epochs of efface's own loop, "
             f"not {rewind}."
         )
-    work = Work(TrainedModel(task, task.network()), verb, seed, how)
+    work = Work(TrainedModel(task, blank_network(task)), verb, seed, how)
     model = work.model = _fresh_model(work.fit, mask, start)
     fit = replace(work.fit, subject=model)
     if rewind:

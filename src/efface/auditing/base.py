@@ -146,7 +146,7 @@ class Subject:
         """What the cached values rest on besides the weights: data and split."""
         positions = torch.cat([self.split.forget, torch.tensor([-1]), self.split.retain])
         content = hashlib.sha256(positions.numpy().tobytes()).hexdigest()
-        return f"{self.split.task.data_fingerprint}/{content}"
+        return f"{self.split.task.data_fingerprint}/{content}/{self.split.label}"
 
     def targets(self, part: Part) -> npt.NDArray[np.int64]:
         """True labels of a part."""

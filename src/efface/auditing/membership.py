@@ -49,7 +49,9 @@ def svc_efficacy(
     labels = np.r_[np.ones(len(members)), np.zeros(len(outsiders))]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        attack = SVC(C=3, gamma="auto", kernel="rbf", cache_size=500).fit(features, labels)
+        attack = SVC(C=3, gamma="auto", kernel="rbf", cache_size=500, random_state=0).fit(
+            features, labels
+        )
     return int((attack.predict(forget[:, None]) == 0).sum())
 
 

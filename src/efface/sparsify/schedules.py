@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
@@ -49,6 +50,8 @@ class OneShot:
             raise MethodError(f"sparsity must lie in [0, 1), not {self.sparsity}.")
         if self.recovery is not None and self.recovery < 0:
             raise MethodError(f"recovery must be 0 epochs or more, not {self.recovery}.")
+        if self.lr is not None and not 0 < self.lr < math.inf:
+            raise MethodError(f"lr must be positive, not {self.lr}.")
         if self.criterion not in CRITERIA:
             known = ", ".join(CRITERIA)
             raise MethodError(f"criterion {self.criterion!r} is unknown; known: {known}.")
@@ -68,7 +71,7 @@ class OneShot:
         trained.set_mask(mask)
         base = fit.task.fit
         epochs = -(-base.epochs // 2) if self.recovery is None else self.recovery
-        settings = replace(base, epochs=epochs, lr=self.lr or base.lr)
+        settings = replace(base, epochs=epochs, lr=base.lr if self.lr is None else self.lr)
         fit.at("recovery")(
             trained.network,
             fit.descend,

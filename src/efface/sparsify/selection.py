@@ -46,6 +46,9 @@ def select(
     absent = [name for name in scope if name not in scores]
     if absent or not scope:
         raise MismatchError(f"no weights to prune: scope {list(scope)}, without scores {absent}.")
+    broken = [name for name in scope if bool(torch.isnan(scores[name]).any())]
+    if broken:
+        raise MismatchError(f"scores of {broken} hold NaN; the network is broken, load another.")
     if granularity == "layer":
         return Mask({name: _keep(scores[name], sparsity) for name in scope})
     flat = torch.cat([scores[name].detach().reshape(-1).cpu().double() for name in scope])

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from efface.checkpoint import TrainedModel
 from efface.data import Batch, chunks
 from efface.fitting import Clock, Fit
+from efface.placement import preserved
 from efface.task import Split
 from efface.unlearn.base import check_ranges, fit_settings, positive_or_none, streams
 
@@ -46,7 +47,7 @@ def _natural_cap(trained: TrainedModel, split: Split, fit: Fit) -> float:
     records = as_records(fit.task.validation, collate=fit.task.collate)
     network = fit.teacher(trained)
     total = 0.0
-    with torch.no_grad():
+    with preserved(network), torch.no_grad():
         for batch in records.batches(chunks(torch.arange(len(records)), 500), fit.device):
             total += float(fit.loss(network, batch)) * len(batch.targets)
     return total / len(records)
@@ -126,7 +127,7 @@ class NegGradPlus:
     def __post_init__(self) -> None:
         check_ranges(
             self,
-            beta=("0 or more", self.beta >= 0),
+            beta=("0 or more", 0 <= self.beta < math.inf),
             cap=("positive", positive_or_none(self.cap)),
             epochs=("0 or more", self.epochs is None or self.epochs >= 0),
             lr=("positive", positive_or_none(self.lr)),

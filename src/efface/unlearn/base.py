@@ -8,6 +8,7 @@ copy that it was given. Where a hyper-parameter is ``None``, the task's default 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -117,7 +118,7 @@ def check_ranges(method: Any, **rules: tuple[Any, bool]) -> None:
 
 def positive_or_none(value: float | None) -> bool:
     """Whether a rate or the like is open or positive."""
-    return value is None or value > 0
+    return value is None or 0 < value < math.inf
 
 
 def to_json(method: Any) -> dict[str, Any]:

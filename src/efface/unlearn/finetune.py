@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -86,7 +87,7 @@ class L1Sparse:
     def __post_init__(self) -> None:
         check_ranges(
             self,
-            alpha=("0 or more", self.alpha is None or self.alpha >= 0),
+            alpha=("0 or more", self.alpha is None or 0 <= self.alpha < math.inf),
             epochs=("0 or more", self.epochs is None or self.epochs >= 0),
             lr=("positive", positive_or_none(self.lr)),
         )
