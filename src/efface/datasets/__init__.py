@@ -37,9 +37,9 @@ __all__ = [
 DIGITS_DEFAULTS: dict[str, dict[str, Any]] = {
     "finetune": {"epochs": 3, "lr": 0.1},
     "l1-sparse": {"alpha": 1e-2, "epochs": 4, "lr": 0.1},
-    "gradient-ascent": {"epochs": 5, "lr": 0.03},
+    "gradient-ascent": {"epochs": 5, "lr": 0.015},
     "neggrad-plus": {"epochs": 3, "lr": 0.1},
-    "random-label": {"epochs": 3, "lr": 0.05},
+    "random-label": {"epochs": 2, "lr": 0.1},
 }
 CIFAR10_DEFAULTS: dict[str, dict[str, Any]] = {
     "finetune": {"epochs": 1, "lr": 0.1},
