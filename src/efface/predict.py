@@ -1,4 +1,4 @@
-"""Logits once per (model, records); everything else is array arithmetic on them."""
+"""Logits once per (model, records); what follows from them is array arithmetic (signals)."""
 
 from __future__ import annotations
 
@@ -43,8 +43,3 @@ def logits(
         for batch in records.batches(torch.split(positions, batch_size), device):
             parts.append(task.forward(network, batch.inputs).float().cpu())
     return torch.cat(parts).numpy()
-
-
-def accuracy(logits: np.ndarray, targets: np.ndarray) -> float:
-    """Share of records whose largest logit is that of their label."""
-    return float((logits.argmax(1) == targets).mean())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -180,8 +180,3 @@ def with_wrong_labels(task: Task, positions: Tensor, fraction: float, seed: int 
     noisy = targets.clone()
     noisy[chosen] = (targets[chosen] + shift) % task.classes
     return replace(task, train=(inputs, noisy), name=f"{task.name}, some labels wrong")
-
-
-def with_defaults(task: Task, defaults: Mapping[str, Mapping[str, Any]]) -> Task:
-    """The task with other defaults for methods."""
-    return replace(task, defaults=defaults)
