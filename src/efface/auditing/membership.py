@@ -61,7 +61,7 @@ class JiaSVC:
 
     n = min(|D_r|, test records) members: the *first* n of D_r in file order; all test records
     (without a forgotten class). The score is the share of D_f called non-member; the target is
-    retrain's value, not 1. Source: Jia et al. 2023, §5, and their released code.
+    retrain's value, not 1. Source: Jia et al. 2023, and their released code.
     """
 
     name: str = "mia_efficacy"

@@ -22,8 +22,7 @@ def _correct(subject: Subject, model: TrainedModel, part: Part) -> np.ndarray[An
 class Utility:
     """An accuracy with its Clopper–Pearson interval: ``ua`` = 1 − accuracy on D_f, ``ra``, ``ta``.
 
-    ``ta`` leaves the class out exactly when the split was made by class. Source: Jia et al. 2023,
-    §5.
+    ``ta`` leaves the class out exactly when the split was made by class. Source: Jia et al. 2023.
     """
 
     name: str

@@ -23,7 +23,7 @@ class Criterion(Protocol):
 
 @dataclass(frozen=True)
 class Magnitude:
-    """Absolute value of the weight (Han et al. 2015; OMP and IMP in Jia et al. 2023, §2).
+    """Absolute value of the weight (Han et al. 2015; OMP and IMP in Jia et al. 2023).
 
     Needs no data.
 

@@ -36,7 +36,7 @@ class OneShot:
 
     name: ClassVar[str] = "one-shot"
     title: ClassVar[str] = "One-shot pruning with recovery training"
-    paper: ClassVar[str] = "Han et al. 2015; Jia et al. 2023, §2"
+    paper: ClassVar[str] = "Han et al. 2015; Jia et al. 2023"
 
     sparsity: float = 0.9
     criterion: str = "magnitude"

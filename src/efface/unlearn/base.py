@@ -103,17 +103,24 @@ def filled(method: Any, task: Task) -> Any:
     return replace(method, **changes) if changes else method
 
 
-def check_ranges(method: Any, **rules: tuple[Any, bool]) -> None:
-    """Raise for the first value that is out of range; ``name=(what it must be, whether it is)``.
+def check_ranges(method: Any, **rules: tuple[str, bool]) -> None:
+    """Raise for the first value that is out of range: epochs and rate, and what is given.
+
+    Args:
+        method: A method with the options ``epochs`` and ``lr``.
+        rules: Option → what it must be, and whether it is.
 
     Raises:
         MethodError: Naming method, option, rule and value.
     """
-    for option, (rule, holds) in rules.items():
+    common = {
+        "epochs": ("0 or more", method.epochs is None or method.epochs >= 0),
+        "lr": ("positive", positive_or_none(method.lr)),
+    }
+    for option, (rule, holds) in (common | rules).items():
         if not holds:
-            raise MethodError(
-                f"{method.name}: {option} must be {rule}, not {getattr(method, option)!r}."
-            )
+            value = getattr(method, option)
+            raise MethodError(f"{method.name}: {option} must be {rule}, not {value!r}.")
 
 
 def positive_or_none(value: float | None) -> bool:
@@ -148,7 +155,7 @@ class Masked:
 
     name: ClassVar[str] = "masked"
     title: ClassVar[str] = "Under a given mask"
-    paper: ClassVar[str] = "Jia et al. 2023, §3"
+    paper: ClassVar[str] = "Jia et al. 2023"
     needs: ClassVar[frozenset[str]] = frozenset()
 
     inner: Unlearner
@@ -168,7 +175,7 @@ def _fine_tune() -> Unlearner:
 
 @dataclass(frozen=True)
 class PruneFirst:
-    """Prune first, then unlearn (Jia et al. 2023, §4).
+    """Prune first, then unlearn (Jia et al. 2023).
 
     The recovery after pruning sees D_r only: a deletion request is no occasion to train on the
     records to be deleted. To prune on all data, as in the paper, prune the model beforehand.
@@ -180,7 +187,7 @@ class PruneFirst:
 
     name: ClassVar[str] = "prune-first"
     title: ClassVar[str] = "Prune first, then unlearn"
-    paper: ClassVar[str] = "Jia et al. 2023, §4"
+    paper: ClassVar[str] = "Jia et al. 2023"
     needs: ClassVar[frozenset[str]] = frozenset({"retain"})
 
     pruner: OneShot = field(default_factory=OneShot)

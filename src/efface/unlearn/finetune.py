@@ -13,14 +13,14 @@ from efface.checkpoint import TrainedModel
 from efface.data import Batch
 from efface.fitting import Clock, Fit
 from efface.task import Split
-from efface.unlearn.base import check_ranges, fit_settings, positive_or_none, streams
+from efface.unlearn.base import check_ranges, fit_settings, streams
 
 
 @dataclass(frozen=True)
 class FineTune:
     """FT: go on training on D_r and rely on forgetting what is no longer rehearsed.
 
-    Cheap and gentle; on its own it forgets little (Jia et al. 2023, table 3: UA 22.5 % where
+    Cheap and gentle; on its own it forgets little (Jia et al. 2023, main table: UA 22.5 % where
     retraining has 100 %). Source: Warnecke et al. 2021; Golatkar et al. 2020.
 
     Args:
@@ -39,11 +39,7 @@ class FineTune:
     bn: Literal["train", "frozen", "recalibrate"] = "train"
 
     def __post_init__(self) -> None:
-        check_ranges(
-            self,
-            epochs=("0 or more", self.epochs is None or self.epochs >= 0),
-            lr=("positive", positive_or_none(self.lr)),
-        )
+        check_ranges(self)
 
     def __call__(self, trained: TrainedModel, split: Split, fit: Fit) -> None:
         """Edit ``trained`` in place."""
@@ -60,7 +56,7 @@ def l1_norm(network: nn.Module) -> Tensor:
 class L1Sparse:
     """l1-sparse: fine-tune on D_r under an l1 penalty, loss = CE(D_r) + γ_e ‖θ‖₁.
 
-    Sparsity-aware unlearning of Jia et al. 2023 (§4, eq. 4). By default γ falls linearly, γ_e =
+    Sparsity-aware unlearning of Jia et al. 2023. By default γ falls linearly, γ_e =
     α(1 − e/E) in epoch e of E, the schedule that the paper found best. The penalty acts through
     plain sub-gradients, as in the released code: weights shrink, none becomes exactly zero.
 
@@ -75,7 +71,7 @@ class L1Sparse:
 
     name: ClassVar[str] = "l1-sparse"
     title: ClassVar[str] = "l1-sparse fine-tuning"
-    paper: ClassVar[str] = "Jia et al. 2023, §4"
+    paper: ClassVar[str] = "Jia et al. 2023"
     needs: ClassVar[frozenset[str]] = frozenset({"retain"})
 
     alpha: float | None = None
@@ -88,8 +84,6 @@ class L1Sparse:
         check_ranges(
             self,
             alpha=("0 or more", self.alpha is None or 0 <= self.alpha < math.inf),
-            epochs=("0 or more", self.epochs is None or self.epochs >= 0),
-            lr=("positive", positive_or_none(self.lr)),
         )
 
     def gamma(self, alpha: float, epoch: int, epochs: int) -> float:

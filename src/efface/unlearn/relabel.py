@@ -12,7 +12,7 @@ from efface.checkpoint import TrainedModel
 from efface.data import Stream
 from efface.fitting import Fit
 from efface.task import Split
-from efface.unlearn.base import check_ranges, fit_settings, positive_or_none
+from efface.unlearn.base import check_ranges, fit_settings
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,7 @@ class RandomLabel:
     bn: Literal["train", "frozen", "recalibrate"] = "train"
 
     def __post_init__(self) -> None:
-        check_ranges(
-            self,
-            epochs=("0 or more", self.epochs is None or self.epochs >= 0),
-            lr=("positive", positive_or_none(self.lr)),
-        )
+        check_ranges(self)
 
     def __call__(self, trained: TrainedModel, split: Split, fit: Fit) -> None:
         """Edit ``trained`` in place."""
