@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset, default_collate
 
 import efface
@@ -462,3 +462,41 @@ def test_without_earlier_requests(task: efface.Task) -> None:
         split.without(split.forget)
     with pytest.raises(SelectionError, match="left to retain"):
         split.without(split.retain)
+
+
+class Texts:
+    """Sentences of any length: no tensors before they are collated."""
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int) -> tuple[dict[str, str], int]:
+        words = ("good", "fine") if index % 2 else ("bad", "poor")
+        return {"text": f"{words[index % 3 % 2]} thing {index}"}, index % 2
+
+
+def letters(pairs: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """A bag of letters per sentence."""
+    rows = [[item["text"].count(c) for c in "abdfginor"] for item, _ in pairs]
+    return torch.tensor(rows, dtype=torch.float32), torch.tensor([label for _, label in pairs])
+
+
+def test_text_goes_through_the_owners_collate() -> None:
+    settings = efface.Settings(epochs=3, batch_size=8)
+    task = efface.Task(lambda: nn.Linear(9, 2), Texts(), Texts(), collate=letters, fit=settings)
+    trained = efface.train(task)
+    assert not task.records.in_memory
+    split = efface.Split.by_class(task, 1)
+    after = efface.forget(trained, split, "neggrad-plus")
+    result = efface.audit(trained, after, split, [efface.retrain(task, split)])
+    assert result["ua"]["n"] == 20
+    backwards = [Texts()[i] for i in reversed(range(40))]
+    other = efface.Task(lambda: nn.Linear(9, 2), backwards, Texts(), collate=letters)
+    assert other.data_fingerprint != task.data_fingerprint
+
+
+def test_half_precision_records_have_a_fingerprint() -> None:
+    x = torch.randn(30, 4).bfloat16()
+    y = torch.arange(30) % 2
+    task = efface.Task(lambda: nn.Linear(4, 2), (x, y), (x, y))
+    assert len(task.data_fingerprint) == 64

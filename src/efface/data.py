@@ -189,10 +189,11 @@ def _read(dataset: Any, workers: int, collate: Any, limit: int) -> Records:
     if len(dataset) == 0:
         raise TaskError("the data set is empty; a task needs at least one record.")
     check_repeatable(dataset)
-    first = [_leaves(dataset[i]) for i in probes(len(dataset))]
-    shapes = {tuple((leaf.shape, leaf.dtype) for leaf in leaves) for leaves in first}
-    size = sum(leaf.numel() * leaf.element_size() for leaf in first[0]) * len(dataset)
-    if collate is None and len(shapes) == 1 and size <= limit:
+    first = [[_as_tensor(leaf) for leaf in _leaves(dataset[i])] for i in probes(len(dataset))]
+    shapes = {tuple((t.shape, t.dtype) for t in leaves if t is not None) for leaves in first}
+    size = sum(t.numel() * t.element_size() for t in first[0] if t is not None) * len(dataset)
+    plain = all(t is not None for leaves in first for t in leaves)
+    if plain and collate is None and len(shapes) == 1 and size <= limit:
         pairs = [dataset[i] for i in range(len(dataset))]
         try:
             inputs, targets = default_collate(pairs)
@@ -202,12 +203,19 @@ def _read(dataset: Any, workers: int, collate: Any, limit: int) -> Records:
     return LoadedRecords(dataset, workers, collate)
 
 
-def _leaves(item: Any) -> list[Tensor]:
+def _leaves(item: Any) -> list[Any]:
     if not isinstance(item, tuple | list) or len(item) != 2:
         raise TaskError(
             "a record must be a pair (input, target); wrap the data set so that it returns one."
         )
-    return [torch.as_tensor(leaf) for leaf in tree_flatten(item)[0]]
+    return tree_flatten(item)[0]
+
+
+def _as_tensor(leaf: Any) -> Tensor | None:
+    """A tensor, array or number as a tensor; None for text and anything else."""
+    if isinstance(leaf, Tensor | np.ndarray | np.generic | int | float):
+        return torch.as_tensor(leaf)
+    return None
 
 
 def _targets(dataset: Any) -> Tensor:
@@ -224,11 +232,19 @@ def probes(n: int) -> list[int]:
 
 
 def record_digest(item: Any) -> str:
-    """SHA-256 of a record's content: every leaf's type, shape and bytes."""
+    """SHA-256 of a record's content: every leaf's type, shape and bytes.
+
+    Text counts as it is, an image by its pixels, anything else by what it prints as.
+    """
     total = hashlib.sha256()
     for leaf in _leaves(item):
-        total.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
-        total.update(leaf.detach().cpu().contiguous().numpy().tobytes())
+        tensor = _as_tensor(np.asarray(leaf) if hasattr(leaf, "__array_interface__") else leaf)
+        if tensor is None:
+            total.update(repr(leaf).encode())
+            continue
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        total.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        total.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
     return total.hexdigest()
 
 
