@@ -6,7 +6,8 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 TORCH  := $(shell grep '^torch==' constraints.txt)
 export OMP_NUM_THREADS := 1
 
-.PHONY: help setup demo demo-cifar10 test test-slow check lint types docs bench clean
+.PHONY: help setup demo demo-cifar10 recipes-digits recipes-cifar10 test test-slow check lint \
+        types docs bench clean
 
 help:            ## what there is
 	@grep -E '^[a-z0-9-]+: *.*##' Makefile | sed 's/:.*##/:/'
@@ -26,6 +27,22 @@ demo: setup      ## train, forget, audit on the embedded digits; opens nothing, 
 
 demo-cifar10: setup ## the same on 20,000 CIFAR-10 images, half an hour on two cores
 	$(BIN)/efface demo --task cifar10 --out demo-cifar10
+
+# The papers' experiments; a stopped run goes on. Models are kept in recipes/cache until `make clean`.
+RUN = $(BIN)/efface bench $(1) --size $(2) --cache recipes/cache --out recipes/$(1)-$(2) --force
+
+recipes-digits: setup ## the papers' experiments on the digits, a quarter of an hour on two cores
+	$(call RUN,jia2023-classwise,digits)
+	$(call RUN,jia2023-random10,digits)
+	$(call RUN,jia2023-trojan,digits)
+	$(call RUN,jia2023-transfer,digits)
+	$(call RUN,pruners,digits)
+
+recipes-cifar10: setup ## the same on 10,000 CIFAR-10 images, two hours on two cores
+	$(call RUN,jia2023-classwise,cifar10-small)
+	$(call RUN,jia2023-random10,cifar10-small)
+	$(call RUN,jia2023-trojan,cifar10-small)
+	$(call RUN,jia2023-transfer,cifar10-small)
 
 test: setup      ## all tests but the slow ones
 	$(BIN)/python -m pytest
@@ -49,4 +66,4 @@ bench: setup     ## speed and memory, as ratios; writes benchmarks/results/
 	$(BIN)/python benchmarks/run.py
 
 clean:
-	rm -rf $(VENV) demo demo-cifar10 build dist .mypy_cache .ruff_cache
+	rm -rf $(VENV) demo demo-cifar10 recipes build dist .mypy_cache .ruff_cache

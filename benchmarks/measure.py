@@ -74,14 +74,17 @@ def _machine_cpu() -> float:
 
 
 def timed(work: Callable[[], object]) -> Spent:
-    """Run once."""
+    """Run once; work that returns what it spent itself (of a part of what it did) is believed."""
     gc.collect()
     machine, children = _machine_cpu(), _children_cpu()
     wall, cpu = time.perf_counter(), time.process_time()
-    work()
+    part = work()
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
     children, used = _children_cpu() - children, _machine_cpu() - machine
-    return Spent(wall, cpu + children, max(0.0, used - cpu - children))
+    foreign = max(0.0, used - cpu - children)
+    if isinstance(part, Spent):
+        return Spent(part.wall, part.cpu, foreign * part.wall / wall)
+    return Spent(wall, cpu + children, foreign)
 
 
 def rounds(arms: Mapping[str, Callable[[], object]], n: int, warm: int = 1) -> list[Round]:
@@ -101,6 +104,7 @@ def compared(
     at_most: float | None = None,
     at_least: float | None = None,
     clock: Literal["cpu", "wall"] = "cpu",
+    work: tuple[float, float] = (1, 1),
     **facts: Any,
 ) -> dict[str, Any]:
     """A check: the ratio of two arms' seconds, round by round, against its target.
@@ -113,15 +117,18 @@ def compared(
         at_most: The target, or
         at_least: the target; neither for a ratio that is only reported.
         clock: Which seconds the target is held against.
+        work: How much the two arms do (samples, say) where they do unequal amounts: the ratio is
+            then of seconds for one.
         facts: More to keep with the check.
     """
     pairs: list[dict[str, Any]] = []
     for both in measured:
         a, b = both[over], both[under]
+        scale = work[1] / work[0]
         pairs.append(
             {
-                "cpu": round(a.cpu / b.cpu, 4),
-                "wall": round(a.wall / b.wall, 4),
+                "cpu": round(scale * a.cpu / b.cpu, 4),
+                "wall": round(scale * a.wall / b.wall, 4),
                 "seconds": [round(getattr(a, clock), 4), round(getattr(b, clock), 4)],
                 "foreign_load": round((a.foreign + b.foreign) / (a.wall + b.wall), 2),
             }
@@ -136,6 +143,7 @@ def compared(
         wall_median=round(statistics.median(p["wall"] for p in pairs), 4),
         foreign_load=round(statistics.median(p["foreign_load"] for p in pairs), 2),
         pairs=pairs,
+        **({} if work == (1, 1) else {"work": list(work)}),
         **facts,
     )
 
@@ -160,12 +168,21 @@ def judged(
         "name": name,
         "bound": None if target is None else "at most" if at_most is not None else "at least",
         "target": target,
-        "measured": round(median, 4),
-        "min": round(min(values), 4),
-        "max": round(max(values), 4),
+        "measured": short(median),
+        "min": short(min(values)),
+        "max": short(max(values)),
         "passed": passed,
         **facts,
     }
+
+
+def short(value: float) -> float:
+    """Four decimals, and of small numbers three digits.
+
+    >>> short(1.23456), short(0.0000123456)
+    (1.2346, 1.23e-05)
+    """
+    return round(value, 4) if abs(value) >= 0.01 else float(f"{value:.3g}")
 
 
 def environment() -> dict[str, Any]:
@@ -200,8 +217,8 @@ def _processor() -> tuple[str, list[str]]:
     return known.get("model name", platform.processor()), [f for f in FLAGS if f in there]
 
 
-def write(benchmark: str, about: str, checks: Sequence[Mapping[str, Any]]) -> None:
-    """Write ``results/<benchmark>.json`` and print what came out."""
+def write(benchmark: str, about: str, checks: Sequence[Mapping[str, Any]], **more: Any) -> None:
+    """Write ``results/<benchmark>.json``, with anything more to keep, and print what came out."""
     RESULTS.mkdir(exist_ok=True)
     document = {
         "schema": "efface.benchmark/1",
@@ -210,6 +227,7 @@ def write(benchmark: str, about: str, checks: Sequence[Mapping[str, Any]]) -> No
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "environment": environment(),
         "checks": list(checks),
+        **more,
     }
     text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
     (RESULTS / f"{benchmark}.json").write_text(text + "\n")

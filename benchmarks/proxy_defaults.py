@@ -37,6 +37,12 @@ GRIDS: dict[str, dict[str, dict[str, list[Any]]]] = {
         "gradient-ascent": {"epochs": [5], "lr": [0.003, 0.01, 0.015, 0.02, 0.03]},
         "neggrad-plus": {"epochs": [2, 3], "lr": [0.02, 0.05, 0.1]},
         "random-label": {"epochs": [1, 2, 3], "lr": [0.02, 0.05, 0.1]},
+        "salun": {"epochs": [2], "lr": [0.05, 0.1, 0.15]},
+        "ssd": {"alpha": [10.0, 15.0, 20.0, 30.0, 40.0], "batched": [32, 64, 128]},
+        # 0.1 scored a little better, and lost retained accuracy on one class: left out
+        "scrub": {"epochs": [3], "lr": [0.003, 0.01, 0.02, 0.03, 0.05]},
+        "sfron": {"alpha": [25.0, 50.0], "epochs": [3], "lr": [0.1, 0.2]},
+        "proximal-l1": {"alpha": [0.1, 0.2, 0.3], "epochs": [3, 4], "lr": [0.1]},
     },
     "cifar10": {
         "finetune": {"epochs": [1], "lr": [0.3, 1.0]},
@@ -44,6 +50,8 @@ GRIDS: dict[str, dict[str, dict[str, list[Any]]]] = {
         "gradient-ascent": {"epochs": [3], "lr": [0.003, 0.01, 0.03]},
         "neggrad-plus": {"epochs": [1], "lr": [0.1, 0.3, 1.0]},
         "random-label": {"epochs": [1], "lr": [0.1, 0.3, 1.0]},
+        "salun": {"epochs": [1], "lr": [0.3, 1.0]},
+        "sfron": {"alpha": [25.0], "epochs": [1], "lr": [0.1, 0.3, 1.0]},
     },
 }
 """Learning rates of cifar10 are fractions of the training's peak."""

@@ -1,9 +1,11 @@
 """Run the benchmarks one after the other, each in a process of its own, and write README.md.
 
-    python benchmarks/run.py [loop] [data] [default_path] [imports] [audit]
+    python benchmarks/run.py [NAME …] [--reference-code CHECKOUT] [--tables]
 
-Exit code 0 also when a target is missed: the tables say so. Run it on a machine that does little
-else; the load that others caused is in the results.
+``reference`` compares with public code and runs only where a checkout of it is given; ``--tables``
+runs nothing and writes README.md from the results that are there. Exit code 0 also when a target is
+missed: the tables say so. Run it on a machine that does little else; the load that others caused is
+in the results.
 """
 
 from __future__ import annotations
@@ -13,12 +15,21 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-NAMES = ("loop", "data", "default_path", "imports", "audit")
+NAMES = (
+    "loop",
+    "data",
+    "default_path",
+    "imports",
+    "audit",
+    "curvature",
+    "scaling",
+    "reference",
+)
 
 INTRO = """# Benchmarks
 
@@ -27,6 +38,9 @@ file. Every comparison is paired: both arms take turns in one process with one t
 number is the median of the ratios within a round, of CPU seconds where nothing else is said, with
 the smallest and the largest in brackets. *Load* is what other processes used meanwhile, in cores.
 The JSON files hold every round, versions and environment.
+
+`reference` runs only with `--reference-code CHECKOUT`, a checkout of OPTML-Group/Unlearn-Sparse,
+which is imported from there and no part of this repository.
 
 `proxy_defaults.py` is not about speed: it chose the built-in tasks' defaults.
 """
@@ -54,21 +68,48 @@ def table(document: Mapping[str, Any]) -> list[str]:
         word = {True: "met", False: "**missed**", None: "reported"}[check["passed"]]
         load = check.get("foreign_load", "")
         rows.append(f"| {check['name']} | {target} | {measured} | {word} | {load} |")
-    return [*rows, ""]
+    return [*rows, "", *exponents(document.get("fits", ()), document.get("picture"))]
+
+
+def exponents(fits: Sequence[Mapping[str, Any]], picture: str | None) -> list[str]:
+    """A row per method: how its time grows along each axis, and what the largest size took."""
+    if not fits:
+        return []
+    axes = list(dict.fromkeys(fit["axis"] for fit in fits))
+    rows = [
+        f"| method | {' | '.join(f'exponent, {axis}' for axis in axes)} | seconds at the largest |",
+        f"| --- |{' --- |' * (len(axes) + 1)}",
+    ]
+    for name in dict.fromkeys(fit["method"] for fit in fits):
+        own = {fit["axis"]: fit for fit in fits if fit["method"] == name}
+        cells = [f"{own[axis]['exponent']:.2f}" for axis in axes]
+        longest = ", ".join(f"{own[axis]['seconds'][-1]:.2g}" for axis in axes)
+        rows.append(f"| {name} | {' | '.join(cells)} | {longest} |")
+    return [*rows, "", *([f"![time against size]({picture})", ""] if picture else [])]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Run the benchmarks.")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}")
-    names = parser.parse_args().names or NAMES
-    if unknown := sorted(set(names) - set(NAMES)):
+    parser.add_argument("--reference-code", type=Path, metavar="CHECKOUT")
+    parser.add_argument("--tables", action="store_true", help="run nothing, write README.md")
+    given = parser.parse_args()
+    if unknown := sorted(set(given.names) - set(NAMES)):
         parser.error(f"unknown: {', '.join(unknown)}; choose from {', '.join(NAMES)}")
+    if "reference" in given.names and not given.reference_code:
+        parser.error("reference needs --reference-code CHECKOUT")
+    names = given.names or [n for n in NAMES if n != "reference" or given.reference_code]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "EFFACE_KEY": "benchmark"}
-    for name in names:
+    for name in () if given.tables else names:
         print(f"# {name}", flush=True)
-        subprocess.run([sys.executable, HERE / f"{name}.py"], check=True, env=environment)
-    files = [HERE / "results" / f"{name}.json" for name in NAMES]
-    documents = [json.loads(file.read_text()) for file in files if file.is_file()]
+        command = [sys.executable, str(HERE / f"{name}.py")]
+        if name == "reference":
+            command += ["--reference-code", str(given.reference_code)]
+        subprocess.run(command, check=True, env=environment)
+    results = HERE / "results"
+    files = [results / f"{name}.json" for name in NAMES if (results / f"{name}.json").is_file()]
+    files += sorted(results.glob("reference_*.json"))
+    documents = [json.loads(file.read_text()) for file in files]
     text = "\n".join([INTRO, *(row for document in documents for row in table(document))])
     (HERE / "README.md").write_text(text.rstrip() + "\n")
 

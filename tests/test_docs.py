@@ -15,6 +15,7 @@ import functools
 import importlib
 import io
 import json
+import pkgutil
 import re
 import runpy
 import shlex
@@ -32,15 +33,17 @@ import typer
 from safetensors import safe_open
 
 import efface
+from efface import sparsify
 from efface.auditing import membership, verdict
 from efface.cli import app, main
 from efface.options import in_words
 from efface.report.result import VERDICTS
-from efface.sparsify import OneShot
-from efface.unlearn import ALIASES, catalogue
+from efface.sparsify import CRITERIA, OneShot
+from efface.unlearn import ALIASES, catalogue, methods
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCS = sorted((ROOT / "docs").glob("*.md"))
+METHODS = ROOT / "docs" / "methods"
+DOCS = sorted([*(ROOT / "docs").glob("*.md"), *METHODS.glob("*.md")])
 EXAMPLES = ROOT / "examples" / "README.md"
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", EXAMPLES, *DOCS]
 PLAYED = [page for page in PAGES if page != EXAMPLES]  # that one: test_examples.py
@@ -322,28 +325,149 @@ def test_methods_table_is_what_the_command_prints() -> None:
     assert dict(re.findall(r"`([\w-]+)` for `([\w-]+)`", text)) == ALIASES
 
 
+# -- a page per method ----------------------------------------------------------------------------
+
+PARTS = ["Formula", "Cost", "When to use", "Options", "Citation", "Differences"]
+MAY_BE = ["Example"]
+NO_OPTIONS = "It has no options"
+
+
+def method_problems(text: str, method: dict[str, Any]) -> list[str]:
+    """What a method's page lacks or says wrongly."""
+    parts = re.split(r"^(#+) (.+)$", without_code(text), flags=re.MULTILINE)
+    headings = list(zip(parts[1::3], parts[2::3], strict=True))
+    found = []
+    if headings[:1] != [("#", method["name"])]:
+        found.append(f"does not begin with # {method['name']}")
+    if [h for _, h in headings[1:] if h not in MAY_BE] != PARTS:
+        found.append(f"the parts are not {PARTS}, in this order")
+        return found
+    bodies = dict(zip(parts[2::3], parts[3::3], strict=True))
+    found += [f"{name} is empty" for name in PARTS if not bodies[name].strip()]
+    found += needs_and_papers(parts[3], bodies["Citation"], method)
+    return found + option_problems(bodies["Options"], method["options"])
+
+
+def needs_and_papers(what: str, citation: str, method: dict[str, Any]) -> list[str]:
+    needs = [f"need `{n}` is not named" for n in method["needs"] if f"`{n}`" not in what]
+    return needs + [f"{p} is not cited" for p in papers(method["paper"]) if p not in flat(citation)]
+
+
+def papers(text: str) -> list[str]:
+    return re.findall(r"[A-Z][\w'’-]+ (?:et al\.|and [A-Z][\w'’-]+) \d{4}", flat(text))
+
+
+def flat(text: str) -> str:
+    """On one line, two authors joined by "and"."""
+    return " ".join(text.replace("&", "and").split())
+
+
+def option_problems(text: str, options: list[dict[str, str]]) -> list[str]:
+    wanted = [[f"`{o['name']}`", o["type"], o["default"]] for o in options]
+    if not wanted:
+        return [] if NO_OPTIONS in text and "| option |" not in text else ["has no options"]
+    if "| option |" not in text:
+        return ["has no table of options"]
+    table = rows(text, "option")
+    found = [f"{row[0]} is not explained" for row in table if len(row) < 4 or not row[3]]
+    there = [row[:3] for row in table]
+    return found if there == wanted else [f"options are {wanted}, not {there}"]
+
+
 @pytest.mark.parametrize("method", catalogue(), ids=lambda m: m["name"])
-def test_every_method_has_a_section(method: dict[str, Any]) -> None:
-    section = sections(ROOT / "docs" / "methods.md")[method["name"]]
-    wanted = [[f"`{o['name']}`", o["type"], o["default"]] for o in method["options"]]
-    assert ("| option |" in section) == bool(wanted)
-    if wanted:
-        assert [row[:3] for row in rows(section, "option")] == wanted
-    for paper in re.findall(r"([A-Z]\w+) et al\. (\d{4})", method["paper"]):
-        assert f"{paper[0]} et al. {paper[1]}" in " ".join(section.split())
-    for need in method["needs"]:
-        assert need in section
-    assert "Cost" in section or "cost" in section or method["name"] in {"masked", "chain"}
+def test_every_method_has_a_page(method: dict[str, Any]) -> None:
+    page = METHODS / f"{method['name']}.md"
+    assert page.exists(), f"docs/methods/{page.name} is missing"
+    assert method_problems(text_of(page), method) == []
 
 
-def test_pruner_table() -> None:
-    hints = typing.get_type_hints(OneShot)
-    wanted = [
-        [f"`{f.name}`", in_words(hints[f.name]), str(f.default)]
-        for f in dataclasses.fields(OneShot)
+def test_the_overview_has_a_row_per_method() -> None:
+    table = rows(sections(METHODS / "README.md")["Methods"], "method")
+    there = {row[0]: row[1] for row in table}
+    wanted = {f"[`{m['name']}`]({m['name']}.md)": ", ".join(m["needs"]) or "—" for m in catalogue()}
+    assert there == wanted
+    assert all(len(row) == 4 and all(row) for row in table)
+
+
+def test_no_page_is_about_a_method_that_does_not_exist() -> None:
+    pages = {page.stem for page in METHODS.glob("*.md")} - {"README", "pruning"}
+    assert pages - set(methods()) == set()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("# finetune", "# fine-tune"),
+        ("## Cost", "## Price"),
+        ("## Citation", "## Formula"),
+        ("`retain`", "`forget`"),
+        ("(Warnecke et al. 2021)", ""),
+        ("| `epochs` | a whole number or none | None |", "| `epochs` | a number | None |"),
+        ("| `bn` | one of", "| `bm` | one of"),
+        ("| None | peak rate η; else half of the training's peak |", "| 0.1 | peak rate |"),
+        ("peak rate η; else half of the training's peak", ""),
+    ],
+)
+def test_a_wrong_page_is_noticed(old: str, new: str) -> None:
+    text = text_of(METHODS / "finetune.md")
+    method = catalogue("finetune")[0]
+    assert old in text
+    assert method_problems(text, method) == []
+    assert method_problems(text.replace(old, new), method) != []
+
+
+# -- one page for pruning -------------------------------------------------------------------------
+
+LABELS = ["Formula", "Cost", "When to use", "Citation", "Differences"]
+
+
+def pruners() -> list[type[Any]]:
+    """Every pruner in ``efface.sparsify``: the dataclasses that are given a sparsity."""
+    found: dict[str, type[Any]] = {}
+    for info in pkgutil.iter_modules(sparsify.__path__):
+        module = importlib.import_module(f"{sparsify.__name__}.{info.name}")
+        for value in vars(module).values():
+            made = isinstance(value, type) and dataclasses.is_dataclass(value)
+            if made and "sparsity" in [f.name for f in dataclasses.fields(value)]:
+                found[value.name] = value
+    return [found[name] for name in sorted(found)]
+
+
+def fields_of(cls: type[Any]) -> list[dict[str, str]]:
+    hints = typing.get_type_hints(cls)
+    return [
+        {"name": f.name, "type": in_words(hints[f.name]), "default": str(f.default)}
+        for f in dataclasses.fields(cls)
     ]
-    table = rows(sections(ROOT / "docs" / "methods.md")["Pruning"], "option")
-    assert [row[:3] for row in table] == wanted
+
+
+def test_pruners_are_found() -> None:
+    assert OneShot in pruners()
+
+
+@pytest.mark.parametrize("cls", pruners(), ids=lambda c: c.name)
+def test_every_pruner_has_a_section(cls: type[Any]) -> None:
+    section = sections(METHODS / "pruning.md")[cls.name]
+    for label in LABELS:
+        assert re.search(rf"\*\*{label}\.\*\* \S", flat(section)), label
+    assert [paper for paper in papers(cls.paper) if paper not in flat(section)] == []
+    assert option_problems(section, fields_of(cls)) == []
+
+
+def test_every_criterion_has_a_row() -> None:
+    section = sections(METHODS / "pruning.md")["Criteria"]
+    table = rows(section, "criterion")
+    assert {row[0] for row in table} == {f"`{name}`" for name in CRITERIA}
+    assert all(all(row) for row in table)
+    for cls in CRITERIA.values():
+        for field in dataclasses.fields(typing.cast("Any", cls)):
+            assert f"`{field.name}`" in section, f"{cls.name}: {field.name}"
+
+
+def test_every_name_of_a_pruner_is_documented() -> None:
+    text = text_of(METHODS / "pruning.md")
+    known = getattr(sparsify, "PRUNERS", {OneShot.name: OneShot})
+    assert [name for name in known if f"`{name}`" not in text and f"## {name}" not in text] == []
 
 
 @functools.cache
@@ -424,7 +548,10 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_every_page_can_be_reached() -> None:
     text = text_of(ROOT / "README.md")
     for page in [*DOCS, EXAMPLES]:
-        assert f"({named(page)})" in text, named(page)
+        if page.parent != METHODS or page.name == "README.md":
+            assert f"({named(page)})" in text, named(page)
+        else:
+            assert f"({page.name})" in text_of(METHODS / "README.md"), named(page)
 
 
 FORBIDDEN = re.compile(

@@ -48,7 +48,8 @@ TRAIN = "train mine:task --rewind 3 --out x.st --force --json"
 FORGET = "forget mine:task --model m.st --class 1 --method prune-first "
 FORGET += "--set inner.method=neggrad-plus --set inner.epochs=4 --out x.st --force --json"
 REPRUNED = "retrain mine:task --class 1 --model p.st --like repruned --out x.st --force --json"
-COMMANDS = {"train": TRAIN, "forget": FORGET, "repruned": REPRUNED}
+IMP = "prune mine:task --model r.st --method imp --sparsity 0.5 --out x.st --force --json"
+COMMANDS = {"train": TRAIN, "forget": FORGET, "repruned": REPRUNED, "imp": IMP}
 
 
 @pytest.fixture
@@ -58,6 +59,7 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     with workplace(tmp_path, monkeypatch) as folder:
         provide_model(folder)
         done("prune", "mine:task", "--model", "m.st", "--sparsity", 0.5, "--out", "p.st")
+        done("train", "mine:task", "--rewind", 1, "--out", "r.st")
         write_task(folder, SLOW.format(0.008))
         (folder / "x.st").write_bytes(b"old")
         yield folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable
 from typing import Any, Literal
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 
 import efface
 from efface.errors import InputError, MethodError, MismatchError
-from efface.sparsify import Magnitude, OneShot, select
+from efface.mask import Mask
+from efface.sparsify import Magnitude, OneShot, dead_layers, narrow, select
 
 NewTask = Callable[..., efface.Task]
 
@@ -94,6 +96,79 @@ def test_magnitude() -> None:
     assert not scores["0.weight"].requires_grad
 
 
+# --- patterns -----------------------------------------------------------------------------------
+
+
+def groups_of(shape: tuple[int, ...], m: int) -> list[list[tuple[int, ...]]]:
+    """The places of every group, from the definition: per unit, kernel by row, column, channel."""
+    found = []
+    for unit in range(shape[0]):
+        kernel = itertools.product(*(range(k) for k in shape[2:]))
+        places = [(unit, c, *k) for k in kernel for c in range(shape[1])]
+        found += [places[i : i + m] for i in range(0, len(places), m)]
+    return found
+
+
+@pytest.mark.parametrize("granularity", ["2:4", "1:4", "1:2", "3:8"])
+@pytest.mark.parametrize("shape", [(3, 8), (2, 10), (2, 4, 3, 3), (3, 3, 2, 2), (2, 1, 3)])
+def test_patterns_hold_in_every_group(shape: tuple[int, ...], granularity: str) -> None:
+    n, m = map(int, granularity.split(":"))
+    scores = torch.randint(0, 5, shape, generator=torch.Generator().manual_seed(1)).double()
+    keep = select({"w": scores}, 1 - n / m, ["w"], granularity)["w"]
+    assert keep.shape == shape
+    for group in groups_of(shape, m):
+        share = -(-len(group) * n // m)
+        best = sorted(group, key=lambda place: -float(scores[place]))[:share]  # a stable sort
+        assert {place for place in group if keep[place]} == set(best)
+
+
+def test_a_pattern_of_divisible_sizes_is_exact() -> None:
+    assert select({"w": torch.rand(6, 8, 3, 3)}, 0.5, ["w"], "2:4").sparsity == 0.5
+    assert select({"w": torch.rand(6, 8)}, 0.75, ["w"], "1:4").sparsity == 0.75
+
+
+@pytest.mark.parametrize(
+    ("granularity", "sparsity", "said"),
+    [
+        ("2:4", 0.9, "sparsity=0.5"),
+        ("1:4", 0.5, "sparsity=0.75"),
+        ("4:4", 0.0, "granularity"),
+        ("0:4", 0.5, "granularity"),
+        ("rows", 0.5, "granularity"),
+    ],
+)
+def test_impossible_patterns_are_refused(granularity: str, sparsity: float, said: str) -> None:
+    with pytest.raises(MethodError, match=said):
+        select({"w": torch.rand(4, 4)}, sparsity, ["w"], granularity)
+    with pytest.raises(MethodError, match=said):
+        OneShot(sparsity, granularity=granularity)
+
+
+@pytest.mark.parametrize("granularity", ["global", "layer", "2:4"])
+def test_stages_are_nested_and_end_in_the_selection(granularity: str) -> None:
+    make = torch.Generator().manual_seed(2)
+    scores = {"a": torch.randn(6, 8, generator=make), "b": torch.randn(5, 7, generator=make)}
+    mask = None
+    for sparsity in (0.1, 0.25, 0.4, 0.5):
+        last, mask = mask, narrow(scores, sparsity, ["a", "b"], granularity, mask)
+        assert last is None or all((last[name] | ~mask[name]).all() for name in mask)
+        if granularity != "layer":
+            total = 48 + 35
+            most = round(sparsity * total)
+            assert total - mask.kept == min(
+                most, total - select(scores, 0.5, ["a", "b"], granularity).kept
+            )
+    assert mask == select(scores, 0.5, ["a", "b"], granularity)
+
+
+def test_what_was_dropped_stays_dropped_whatever_its_score() -> None:
+    scores = {"w": torch.tensor([[-5.0, -1.0, 0.0, -3.0]])}  # a pruned weight's product is 0
+    within = Mask({"w": torch.tensor([[True, True, False, True]])})
+    assert narrow(scores, 0.5, ["w"], "global", within)["w"].tolist() == [
+        [False, True, False, True]
+    ]
+
+
 # --- one shot -------------------------------------------------------------------------------------
 
 
@@ -139,6 +214,7 @@ def test_recovery_trains_under_the_mask(trained: efface.TrainedModel) -> None:
         "scope": "weights",
         "recovery": 2,
         "lr": 0.03,
+        "allow_dead_layers": False,
     }
 
 
@@ -159,7 +235,7 @@ def test_pruning_again_prunes_more(pruned: efface.TrainedModel) -> None:
     assert all((pruned.mask[n] | ~more.mask[n]).all() for n in more.mask)
 
 
-def test_a_dead_layer_is_warned_of(new_task: NewTask) -> None:
+def test_a_dead_layer_is_refused_unless_it_is_allowed(new_task: NewTask) -> None:
     class Faint(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -172,8 +248,12 @@ def test_a_dead_layer_is_warned_of(new_task: NewTask) -> None:
 
     task = new_task(network=Faint)
     model = efface.TrainedModel(task, task.network())
-    with pytest.warns(UserWarning, match=r"second\.weight lost all"):
+    with pytest.raises(MethodError, match=r"second\.weight' lost all .*--allow-dead-layers"):
         efface.prune(model, OneShot(0.6, recovery=0))
+    with pytest.warns(UserWarning, match=r"second\.weight' lost all"):
+        after = efface.prune(model, OneShot(0.6, recovery=0, allow_dead_layers=True))
+    assert after.mask is not None
+    assert dead_layers(after.mask) == ["second.weight"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         efface.prune(model, OneShot(0.6, recovery=0, granularity="layer"))

@@ -22,7 +22,7 @@ from efface.errors import MethodError, NeedsError, SelectionError
 from efface.files import canonical
 from efface.fitting import Fit, History
 from efface.mask import Mask
-from efface.sparsify import OneShot
+from efface.sparsify import OneShot, Pruner
 from efface.task import Settings
 from efface.unlearn import (
     Chain,
@@ -79,7 +79,7 @@ def example(name: str, network: nn.Module, **given: Any) -> Any:
             values[field.name] = FineTune(epochs=1)
         elif hint is Mask:
             values[field.name] = some_mask(network)
-        elif hint is OneShot:
+        elif hint is Pruner:
             values[field.name] = OneShot(sparsity=0.7, recovery=1)
         elif field.name == "epochs":
             values["epochs"] = 2

@@ -31,7 +31,7 @@ from efface.commandline import (
     this_command,
 )
 from efface.console import Run
-from efface.errors import InputError, MethodError
+from efface.errors import InputError
 
 if TYPE_CHECKING:
     from efface.checkpoint import TrainedModel
@@ -50,6 +50,25 @@ def demo(
 
     run.start()
     run_demo(run, task, out, full=full)
+
+
+@command
+def bench(
+    run: Run,
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name, or FILE.toml.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR")],
+    size: Annotated[str | None, typer.Option(help="digits, cifar10-small, cifar10-full.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Training seeds; else the recipe's.")] = None,
+    cache: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where models are kept; else in --out.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="Processes; 0: two, or one on a GPU.")] = 0,
+) -> None:
+    """Run a paper's experiment over training seeds; writes results.json and report.html."""
+    from efface.recipes.bench import run_bench
+
+    run.start()
+    run_bench(run, recipe, out, size=size, seeds=seeds, store=cache, jobs=jobs)
 
 
 @command
@@ -93,19 +112,24 @@ def prune(
     model: Model,
     out: Out,
     sparsity: Annotated[float, typer.Option(help="Fraction of the weights to prune.")] = 0.9,
-    method: Annotated[str, typer.Option(help="one-shot.")] = "one-shot",
+    method: Annotated[
+        str, typer.Option(help="one-shot, omp, imp, gradual, at-init or a criterion's name.")
+    ] = "one-shot",
+    allow_dead_layers: Annotated[
+        bool, typer.Option("--allow-dead-layers", help="Only warn of layers without weights.")
+    ] = False,
     sets: Sets = None,
 ) -> None:
-    """Prune a model and recover by training under the mask."""
+    """Prune a model and train it under the mask."""
     from efface import verbs
     from efface.checkpoint import load
     from efface.options import parse_sets
-    from efface.sparsify import OneShot
-    from efface.unlearn import build
+    from efface.sparsify import build_pruner
 
-    if method != OneShot.name:
-        raise MethodError(f"pruning method {method!r} is unknown; known: {OneShot.name}.")
-    pruner = build(method, {"sparsity": sparsity, **parse_sets(sets or [])})
+    options = {"sparsity": sparsity, **parse_sets(sets or [])}
+    if allow_dead_layers:
+        options["allow_dead_layers"] = True
+    pruner = build_pruner(method, options)
     key = {"verb": "prune", "task": task, "model": digest_of(model), "pruner": repr(pruner)}
 
     def work(made: Task, common: dict[str, Any]) -> TrainedModel:
@@ -280,17 +304,27 @@ def show(
 def methods(
     run: Run, name: Annotated[str | None, typer.Argument(help="Show the options of one.")] = None
 ) -> None:
-    """What each method needs and where it comes from; with a name, its options."""
-    from efface.unlearn import catalogue
+    """What each method and pruner needs and where it comes from; with a name, its options."""
+    from efface.unlearn import catalogue, pruners
 
-    facts = catalogue(name)
+    facts = {"methods": catalogue(name)}
     if name is None:
-        rows = [[m["name"], m["title"], ", ".join(m["needs"]) or "—", m["paper"]] for m in facts]
-        text = run.table("", ["method", "what", "needs", "source"], rows)
+        facts["pruners"] = pruners()
+        columns = ["what", "needs", "source"]
+        parts = [
+            run.table(
+                "",
+                [kind, *columns],
+                [[m["name"], m["title"], ", ".join(m["needs"]) or "—", m["paper"]] for m in found],
+            )
+            for kind, found in (("method", facts["methods"]), ("pruner", facts["pruners"]))
+        ]
+        text = "\n".join(parts)
     else:
-        rows = [[o["name"], o["type"], o["default"]] for o in facts[0]["options"]]
-        text = facts[0]["doc"] + "\n\n" + run.table("", ["option", "type", "default"], rows)
-    run.result({"methods": facts}, text)
+        one = facts["methods"][0]
+        rows = [[o["name"], o["type"], o["default"]] for o in one["options"]]
+        text = one["doc"] + "\n\n" + run.table("", ["option", "type", "default"], rows)
+    run.result(facts, text)
 
 
 def main() -> None:

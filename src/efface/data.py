@@ -119,6 +119,9 @@ class LoadedRecords:
     def __len__(self) -> int:
         return len(self.targets)
 
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[index]
+
     def batches(self, plan: Iterable[Tensor], device: torch.device) -> Iterator[Batch]:
         """A batch for each tensor of positions, collated and moved to the device."""
         plan = list(plan)

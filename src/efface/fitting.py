@@ -348,7 +348,8 @@ class _Run:
 
     def _commit_when_due(self) -> None:
         journal = self.fit.journal
-        if journal and time.monotonic() - self.committed >= journal.seconds:
+        spare = 1.0 if self.step == self.steps else math.inf  # what is finished is not run again
+        if journal and time.monotonic() - self.committed >= min(journal.seconds, spare):
             self._commit(journal)
 
     def _commit(self, journal: Journal) -> None:

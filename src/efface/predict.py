@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from efface.data import Records
+from efface.mask import classifier_name
 from efface.placement import placed, preserved
 from efface.task import Task
 
@@ -43,3 +46,37 @@ def logits(
         for batch in records.batches(torch.split(positions, batch_size), device):
             parts.append(task.forward(network, batch.inputs).float().cpu())
     return torch.cat(parts).numpy()
+
+
+def features(
+    network: nn.Module,
+    task: Task,
+    records: Records,
+    positions: Tensor | None = None,
+    *,
+    device: torch.device | None = None,
+) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
+    """What the output layer is given, of un-augmented records, in eval mode and fp32.
+
+    Args:
+        network: The network; its output layer is ``task.classifier`` or the last matrix.
+        task: Supplies the batch adapter.
+        records: Training or test records.
+        positions: Which of them; all by default.
+        device: Where to compute; the CPU by default.
+
+    Returns:
+        float32 ``[n, F]``, in the order of ``positions``.
+    """
+    caught: list[Tensor] = []
+
+    def catch(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+        caught.append(inputs[0].detach().float().flatten(1).cpu())
+
+    owner = classifier_name(network, task.classifier).rpartition(".")[0]
+    handle = network.get_submodule(owner).register_forward_pre_hook(catch)
+    try:
+        logits(network, task, records, positions, device=device)
+    finally:
+        handle.remove()
+    return torch.cat(caught).numpy()

@@ -120,6 +120,40 @@ def modified_entropy(p: npt.ArrayLike, targets: npt.ArrayLike) -> Array:
     return np.asarray(terms.sum(axis=1), dtype=np.float64)
 
 
+def attack_success_rate(
+    logits: npt.ArrayLike, targets: npt.ArrayLike, target: int, exclude: bool = True
+) -> tuple[int, int]:
+    """How often records that carry a trigger are taken for the class that an attacker wants.
+
+    Args:
+        logits: Of triggered records, (n, classes).
+        targets: Their true classes, (n,).
+        target: The attacker's class.
+        exclude: Leave records out that belong to it: no attack is needed there. ``False`` counts
+            all, as Jia et al. (2023) do; with K even classes a clean model then has about 1/K.
+
+    Returns:
+        Successes and the number of records counted, as :func:`efface.stats.rate` takes them.
+
+    Raises:
+        ValueError: If the logits are unusable (see :func:`softmax`), ``target`` or one of
+            ``targets`` is no class, or no record is left to count.
+
+    >>> attack_success_rate([[2.0, 0.0], [0.0, 1.0], [3.0, 1.0]], [1, 1, 0], target=0)
+    (1, 2)
+    >>> attack_success_rate([[2.0, 0.0], [0.0, 1.0], [3.0, 1.0]], [1, 1, 0], 0, exclude=False)
+    (2, 3)
+    """
+    z = _logits(logits)
+    y = _targets(targets, z)
+    if not 0 <= target < z.shape[1]:
+        raise ValueError(f"target must be a class 0…{z.shape[1] - 1}, not {target}.")
+    counted = y != target if exclude else np.ones(len(y), dtype=bool)
+    if not counted.any():
+        raise ValueError(f"no record is left to count: all belong to the target {target}.")
+    return int((z[counted].argmax(axis=1) == target).sum()), int(counted.sum())
+
+
 def _logits(values: npt.ArrayLike) -> Array:
     z = np.asarray(values, dtype=np.float64)
     if z.ndim != 2 or z.shape[1] < 1:

@@ -35,6 +35,8 @@ class Settings:
         bn: What the fit does to batch-norm statistics: ``"train"`` updates them as usual,
             ``"frozen"`` leaves them alone, ``"recalibrate"`` recomputes them afterwards on the
             first stream.
+        begun: Epochs of the schedule that are behind the fit already: it gets the rates of the last
+            ``epochs`` of ``begun + epochs``.
     """
 
     epochs: int = 10
@@ -46,6 +48,7 @@ class Settings:
     schedule: Literal["constant", "linear", "cosine", "step"] = "linear"
     warmup: float = 0.0
     bn: Literal["train", "frozen", "recalibrate"] = "train"
+    begun: int = 0
 
     def __post_init__(self) -> None:
         wrong = {
@@ -55,14 +58,16 @@ class Settings:
             "momentum must lie in [0, 1)": not 0 <= self.momentum < 1,
             "weight_decay must be 0 or more": not self.weight_decay >= 0,
             "warmup must lie in [0, 1]": not 0 <= self.warmup <= 1,
+            "begun must be 0 or more": self.begun < 0,
         }
         for sentence, is_wrong in wrong.items():
             if is_wrong:
                 raise TaskError(f"{sentence}; correct it in the fit settings.")
 
     def to_dict(self) -> dict[str, Any]:
-        """As a JSON value."""
-        return asdict(self)
+        """As a JSON value; what is begun from the start, as nearly every fit, does not say so."""
+        values = asdict(self)
+        return values if self.begun else {k: v for k, v in values.items() if k != "begun"}
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

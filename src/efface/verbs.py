@@ -24,7 +24,7 @@ from efface.mask import Mask
 from efface.placement import pick_device
 from efface.report import AuditResult
 from efface.signals import margin
-from efface.sparsify import OneShot
+from efface.sparsify import OneShot, Pruner, build_pruner, rewind_epoch
 from efface.task import Split, Task
 from efface.unlearn import Unlearner, build, check_needs, filled, to_json
 from efface.work import How, Work, from_scratch
@@ -108,7 +108,7 @@ def _fold_pruned(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], Mask | 
 
 def prune(
     trained: TrainedModel,
-    pruner: OneShot | None = None,
+    pruner: Pruner | str | None = None,
     *,
     seed: int = 0,
     device: str = "auto",
@@ -119,11 +119,15 @@ def prune(
 
     Args:
         trained: Left as it is.
-        pruner: How; one shot at 90 % by default.
+        pruner: A pruner, or its name; one shot at 90 % by default.
         seed: For the recovery.
         device: Where to compute.
         progress: Called after every step.
         journal: Where to keep the state, so that a killed run goes on.
+
+    Raises:
+        MethodError: If a layer would lose all of its weights.
+        NeedsError: If the pruner goes back to weights that the model does not have.
 
     Example:
         >>> import torch, efface
@@ -133,7 +137,7 @@ def prune(
         >>> efface.prune(efface.train(task), pruner).sparsity
         0.5
     """
-    pruner = pruner or OneShot()
+    pruner = build_pruner(pruner) if isinstance(pruner, str) else pruner or OneShot()
     model = trained.copy()
     work = Work(model, "prune", seed, How(device, progress, journal))
     pruner(model, _remaining(model), work.fit)
@@ -242,6 +246,8 @@ def retrain(
     mask, start = _likeness(model, like)
     how = How(device, progress, journal)
     options: dict[str, Any] = {"forgotten": forgotten, "mask": mask, "start": start, "like": like}
+    if like == "repruned" and model is not None and "rewind" in _pruner_of(model).requires:
+        options["rewind"] = rewind_epoch(model)  # it goes back to early weights of its own
     fresh = from_scratch(task, split.retain, "retrain", seed, how, **options)
     if like != "repruned":
         return fresh
@@ -275,7 +281,7 @@ def _likeness(
     return model.mask, model.rewind
 
 
-def _pruner_of(model: TrainedModel | None) -> OneShot:
+def _pruner_of(model: TrainedModel | None) -> Pruner:
     """The pruner that made a model's mask, from its lineage."""
     steps = [s for s in (model.lineage if model else ()) if s.verb == "prune" and s.method]
     if not steps:
@@ -283,9 +289,7 @@ def _pruner_of(model: TrainedModel | None) -> OneShot:
             "--like repruned needs a model that efface pruned; none is in its lineage."
         )
     options = dict(steps[-1].method or {})
-    pruner = build(options.pop("method"), options)
-    assert isinstance(pruner, OneShot)
-    return pruner
+    return build_pruner(options.pop("method"), options)
 
 
 def split_of(before: TrainedModel, after: TrainedModel) -> Split:

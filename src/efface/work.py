@@ -111,6 +111,8 @@ def from_scratch(
             f"rewind must be one of the {task.fit.epochs} epochs of efface's own loop, "
             f"not {rewind}."
         )
+    if rewind is not None:
+        detail["rewind_epoch"] = rewind
     work = Work(TrainedModel(task, blank_network(task)), verb, seed, how)
     model = work.model = _fresh_model(work.fit, mask, start)
     fit = replace(work.fit, subject=model)

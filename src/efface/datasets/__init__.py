@@ -13,8 +13,12 @@ from torch import Tensor
 
 from efface.datasets.augment import CropFlip
 from efface.datasets.digits import digits as _digits
-from efface.datasets.images import Images, balanced, read_folder, read_parquet
+from efface.datasets.images import balanced, read_folder, read_npz, read_parquet
 from efface.datasets.images import cifar10 as _cifar10
+from efface.datasets.parquet import open_parquet
+from efface.datasets.poison import Patch, triggered_test, with_trigger
+from efface.datasets.sets import cifar100, image_task, medmnist, mnist, svhn
+from efface.datasets.streaming import Images, Streamed, open_folder
 from efface.errors import InputError, TaskError, nearest
 from efface.networks import AirNet, DigitsCNN
 from efface.seeds import generator
@@ -24,11 +28,23 @@ __all__ = [
     "BUILT_IN",
     "CropFlip",
     "Images",
+    "Patch",
+    "Streamed",
     "cifar10",
+    "cifar100",
     "digits",
+    "image_task",
     "load_task",
+    "medmnist",
+    "mnist",
+    "open_folder",
+    "open_parquet",
     "read_folder",
+    "read_npz",
     "read_parquet",
+    "svhn",
+    "triggered_test",
+    "with_trigger",
     "with_wrong_labels",
 ]
 
@@ -40,6 +56,11 @@ DIGITS_DEFAULTS: dict[str, dict[str, Any]] = {
     "gradient-ascent": {"epochs": 5, "lr": 0.015},
     "neggrad-plus": {"epochs": 3, "lr": 0.1},
     "random-label": {"epochs": 2, "lr": 0.1},
+    "salun": {"epochs": 2, "lr": 0.1},
+    "ssd": {"alpha": 20.0, "batched": 32},
+    "scrub": {"epochs": 3, "lr": 0.05},
+    "sfron": {"alpha": 50.0, "epochs": 3, "lr": 0.2},
+    "proximal-l1": {"alpha": 0.1, "epochs": 4, "lr": 0.1},
 }
 CIFAR10_DEFAULTS: dict[str, dict[str, Any]] = {
     "finetune": {"epochs": 1, "lr": 0.1},
@@ -47,6 +68,8 @@ CIFAR10_DEFAULTS: dict[str, dict[str, Any]] = {
     "gradient-ascent": {"epochs": 3, "lr": 1e-3},
     "neggrad-plus": {"epochs": 1, "lr": 0.03},
     "random-label": {"epochs": 1, "lr": 0.1},
+    "salun": {"epochs": 1, "lr": 0.1},
+    "sfron": {"alpha": 25.0, "epochs": 1, "lr": 0.03},
 }
 
 
@@ -107,7 +130,13 @@ def cifar10(n: int | None = 20_000, validation: int = 2_000) -> Task:
     )
 
 
-BUILT_IN: dict[str, Callable[[], Task]] = {"digits": digits, "cifar10": cifar10}
+BUILT_IN: dict[str, Callable[[], Task]] = {
+    "digits": digits,
+    "cifar10": cifar10,
+    "cifar100": cifar100,
+    "mnist": mnist,
+    "svhn": svhn,
+}
 
 
 def load_task(spec: str) -> Task:

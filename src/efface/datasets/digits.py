@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from efface.datasets.images import Images
+from efface.datasets.streaming import Images
 from efface.errors import InputError
 
 

@@ -1,14 +1,15 @@
-"""Images from parquet files and folders, decoded once into one tensor."""
+"""Images from parquet files, folders and npz files, decoded once into one tensor."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
-from collections.abc import Callable, Iterable
+import zipfile
+import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from efface.datasets.parquet import checked_labels, open_parquet, shards
+from efface.datasets.pixels import Mode
+from efface.datasets.streaming import Images, class_folders, open_folder, refuse_pickles
 from efface.errors import InputError, WriteError
 from efface.files import write_atomic
 from efface.seeds import generator
@@ -29,23 +33,6 @@ CIFAR10 = (
 PLACES = ("data", "../shared/data")
 """Where data is looked for after ``EFFACE_DATA``; relative to the working directory."""
 
-IMAGE_COLUMNS = ("img", "image")
-LABEL_COLUMNS = ("label", "labels", "fine_label", "target")
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".webp"}
-
-
-class Images(NamedTuple):
-    """Records in memory: images ``[N, C, H, W]``, labels ``[N]`` (int64) and N unique IDs."""
-
-    images: Tensor
-    labels: Tensor
-    ids: list[str]
-
-    def take(self, positions: Tensor) -> Images:
-        """The records at some positions, in that order."""
-        ids = [self.ids[i] for i in positions.tolist()]
-        return Images(self.images[positions], self.labels[positions], ids)
-
 
 def read_parquet(
     path: str | Path,
@@ -54,128 +41,114 @@ def read_parquet(
     label: str | None = None,
     limit: int | None = None,
     cache: bool = False,
+    mode: Mode = "RGB",
+    size: int | None = None,
 ) -> Images:
-    """Read images from a parquet file in the layout of the Hugging Face hub.
+    """Read images from parquet files in the layout of the Hugging Face hub.
 
     Args:
-        path: The file; images are ``struct<bytes, path>`` or plain bytes of any format that PIL
-            reads, all of one size.
+        path: The file, or a pattern such as ``train-*.parquet``; images are ``struct<bytes, path>``
+            or plain bytes of any format that PIL reads.
         image: The image column; by default ``img`` or ``image``.
         label: The label column; by default ``label``, ``labels``, ``fine_label`` or ``target``.
         limit: Read only so many rows, from the start.
         cache: Keep the decoded pixels in ``EFFACE_CACHE`` or ``~/.cache/efface`` (one file per
             content of ``path``). Off by default: a copy of training data outlives a deletion.
+        mode: ``"RGB"``, or ``"L"`` for one grey channel.
+        size: Resize and crop to squares of so many pixels; ``None``: all images have one size.
 
     Returns:
-        ``uint8`` images ``[N, 3, H, W]``. IDs are the images' paths where all are given and
+        ``uint8`` images ``[N, C, H, W]``. IDs are the images' paths where all are given and
         differ, else row numbers.
 
     Raises:
         InputError: If the file, a column or an image cannot be read, or pyarrow or PIL is missing.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path} is not a file; give the path of a parquet file of images.")
+    files = shards(path)
+
+    def decoded() -> Images:
+        return _decode_parquet(files, image, label, limit, mode, size)
+
     if not cache:
-        return _decode_parquet(path, image, label, limit)
-    return _cached(path, [image, label, limit], lambda: _decode_parquet(path, image, label, limit))
+        return decoded()
+    options: list[Any] = [image, label, limit]
+    plain = (mode, size) == ("RGB", None)
+    return _cached(files, options if plain else [*options, mode, size], decoded)
 
 
-def _decode_parquet(path: Path, image: str | None, label: str | None, limit: int | None) -> Images:
-    try:
-        import pyarrow as pa
-        from pyarrow import parquet
-    except ImportError as error:
-        raise _missing("pyarrow", path) from error
-    try:
-        file = parquet.ParquetFile(path)
-        image = _column(path, file.schema_arrow.names, image, IMAGE_COLUMNS)
-        label = _column(path, file.schema_arrow.names, label, LABEL_COLUMNS)
-        table = file.read(columns=[image, label])
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path} cannot be read as parquet ({error}); fetch it again.") from error
-    table = table.slice(0, limit)
-    cells = [c if isinstance(c, dict) else {"bytes": c} for c in table[image].to_pylist()]
-    labels = _labels(table[label].to_pylist(), f"column {label!r} of {path}")
-    names = [cell.get("path") for cell in cells]
-    unique = None not in names and len(set(names)) == len(names)
-    ids = [str(name) for name in names] if unique else [str(i) for i in range(len(names))]
-    pixels = _decode((cell["bytes"], f"row {i} of {path}") for i, cell in enumerate(cells))
-    return Images(pixels, labels, ids)
+def _decode_parquet(
+    files: list[Path],
+    image: str | None,
+    label: str | None,
+    limit: int | None,
+    mode: Mode,
+    size: int | None,
+) -> Images:
+    opened = open_parquet(files, image=image, label=label, mode=mode, size=size, limit=limit)
+    return opened.load()
 
 
-def _column(path: Path, names: list[str], asked: str | None, usual: tuple[str, ...]) -> str:
-    for name in (asked,) if asked is not None else usual:
-        if name in names:
-            return name
-    wanted = repr(asked) if asked is not None else " or ".join(map(repr, usual))
-    raise InputError(f"{path} has no column {wanted}; it has {', '.join(map(repr, names))}.")
-
-
-def _labels(values: list[Any], where: str) -> Tensor:
-    if not all(isinstance(v, int) and v >= 0 for v in values):
-        raise InputError(f"{where} holds a label that is no whole number; give classes 0, 1, ….")
-    return torch.tensor(values, dtype=torch.int64)
-
-
-def _decode(files: Iterable[tuple[bytes | None, str]]) -> Tensor:
-    """Pixels ``[N, 3, H, W]`` of (encoded image, where it comes from)."""
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise _missing("pillow") from error
-    arrays: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
-    for data, where in files:
-        if data is None:
-            raise InputError(f"{where} holds no image bytes; embed the images in the file.")
-        try:
-            with Image.open(io.BytesIO(data)) as opened:
-                array = np.asarray(opened.convert("RGB"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{where} is no readable image; replace or leave it out.") from error
-        if arrays and array.shape != arrays[0].shape:
-            size, first = ("×".join(map(str, a.shape[:2])) for a in (array, arrays[0]))
-            raise InputError(f"{where} is {size} where others are {first}; resize all to one size.")
-        arrays.append(array)
-    if not arrays:
-        raise InputError("there are no images to read; give a source that holds some.")
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
-
-
-def _missing(library: str, path: Path | None = None) -> InputError:
-    what = f"to read {path}" if path else "to decode images"
-    return InputError(f"{library} is needed {what}; run `pip install efface[parquet]`.")
-
-
-def read_folder(root: str | Path) -> Images:
+def read_folder(root: str | Path, *, mode: Mode = "RGB", size: int | None = None) -> Images:
     """Read an image folder in torchvision's layout, ``class/anything.png``.
 
     Args:
         root: A folder with one sub-folder per class; labels follow the sorted names.
+        mode: ``"RGB"``, or ``"L"`` for one grey channel.
+        size: Resize and crop to squares of so many pixels; ``None``: all images have one size.
 
     Returns:
-        ``uint8`` images ``[N, 3, H, W]``; IDs are paths below ``root`` with forward slashes.
+        ``uint8`` images ``[N, C, H, W]``; IDs are paths below ``root`` with forward slashes.
 
     Raises:
         InputError: If there is no class folder or no image, or an image cannot be read.
     """
-    root = Path(root)
-    classes = _classes(root)
-    files = [
-        (path, label)
-        for label, name in enumerate(classes)
-        for path in sorted((root / name).rglob("*"))
-        if path.suffix.lower() in SUFFIXES
-    ]
-    if not files:
-        raise InputError(f"{root} holds no class/image files; give a folder with one per class.")
-    pixels = _decode((path.read_bytes(), str(path)) for path, _ in files)
-    ids = [path.relative_to(root).as_posix() for path, _ in files]
-    return Images(pixels, torch.tensor([label for _, label in files]), ids)
+    return open_folder(root, mode=mode, size=size).load()
 
 
-def _classes(root: Path) -> list[str]:
-    return sorted(p.name for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
+def read_npz(path: str | Path, part: str = "train") -> Images:
+    """Read one part of a MedMNIST file (Yang et al., 2023): 2-d images with one label each.
+
+    Args:
+        path: An ``npz`` file that holds ``train_images`` ``[N, H, W]`` or ``[N, H, W, 3]`` (uint8)
+            and ``train_labels`` ``[N, 1]`` or ``[N]``, likewise ``val`` and ``test``.
+        part: ``"train"``, ``"val"`` or ``"test"``.
+
+    Returns:
+        ``uint8`` images ``[N, 1 or 3, H, W]``; IDs are row numbers.
+
+    Raises:
+        InputError: If the file or the part cannot be read, or its records are volumes or have
+            several labels.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+            images, labels = file[f"{part}_images"], file[f"{part}_labels"]
+    except KeyError as error:
+        raise InputError(
+            f"{path} has no {part}_images with {part}_labels; name another part or file."
+        ) from error
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(
+            f"{path} cannot be read as an npz file of plain arrays ({type(error).__name__}); fetch "
+            "it again."
+        ) from error
+    if images.dtype != np.uint8 or not (
+        images.ndim == 3 or (images.ndim == 4 and images.shape[3] == 3)
+    ):
+        raise InputError(
+            f"{part}_images of {path} are {images.dtype} of shape {images.shape}; only 8-bit 2-d "
+            "images [N, H, W] or [N, H, W, 3] can be read."
+        )
+    if labels.size != len(images) or len(images) == 0:
+        raise InputError(
+            f"{part}_labels of {path} have shape {labels.shape} for {len(images)} images; only "
+            "sets with one label per image can be read."
+        )
+    grey = images.ndim == 3
+    pixels = torch.from_numpy(images[:, None] if grey else images.transpose(0, 3, 1, 2).copy())
+    targets = checked_labels(labels.ravel().tolist(), f"{part}_labels of {path}")
+    return Images(pixels, targets, [str(i) for i in range(len(images))])
 
 
 def cifar10(train: bool, limit: int | None = None, seed: int = 0) -> Images:
@@ -200,8 +173,10 @@ def cifar10(train: bool, limit: int | None = None, seed: int = 0) -> Images:
         for name in (f"cifar10-{part}.parquet", f"plain_text/{part}-00000-of-00001.parquet"):
             if (folder / name).is_file():
                 return _limited(read_parquet(folder / name, cache=True), limit, seed)
-        if tuple(_classes(folder / part)) == CIFAR10:
+        if tuple(class_folders(folder / part)) == CIFAR10:
             return _limited(read_folder(folder / part), limit, seed)
+    for folder in (base for place in places for base in (place, place / "cifar10")):
+        refuse_pickles(folder)
     raise InputError(
         f"CIFAR-10's {part} images are not in {', '.join(map(str, places))}; put the parquet files "
         "of https://huggingface.co/datasets/uoft-cs/cifar10 into data/ or name their folder in "
@@ -242,9 +217,10 @@ def balanced(labels: Tensor, limit: int, seed: int = 0) -> Tensor:
     return torch.cat(chosen).sort().values
 
 
-def _cached(path: Path, options: list[Any], decode: Callable[[], Images]) -> Images:
-    """The records of a source file, from a copy of the decoded pixels where there is a good one."""
-    source = [hashlib.sha256(path.read_bytes()).hexdigest(), *options, 1]
+def _cached(paths: list[Path], options: list[Any], decode: Callable[[], Images]) -> Images:
+    """The records of source files, from a copy of the decoded pixels where there is a good one."""
+    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+    source = [*digests, *options, 1]
     key = hashlib.sha256(json.dumps(source).encode()).hexdigest()
     home = os.environ.get("EFFACE_CACHE") or Path.home() / ".cache" / "efface"
     copy = Path(home) / f"images-{key[:32]}.safetensors"

@@ -29,12 +29,12 @@ from efface.auditing import Cache
 from efface.checkpoint import TrainedModel, load
 from efface.console import Run, bars
 from efface.cost import Stopwatch, versions
-from efface.data import Stream
 from efface.datasets import cifar10, digits, with_wrong_labels
 from efface.errors import InputError, MismatchError, OutputError, nearest
 from efface.files import canonical, check_output, digest, write_atomic
-from efface.fitting import Fit, Progress
+from efface.fitting import Progress
 from efface.journal import Journal
+from efface.recipes.probe import seconds_per_image
 from efface.recipes.story import story, table
 from efface.report import AuditResult, story_page
 from efface.sparsify import OneShot
@@ -373,19 +373,7 @@ def _section(
 def _estimate(plan: Plan) -> str:
     """About how long the demo will take, from a few timed steps."""
     task, split = plan.build()
-    fit = Fit(task)
-    network = fit.fresh()
-    size = task.fit.batch_size
-
-    def few(steps: int) -> float:
-        start = time.monotonic()
-        stream = Stream(torch.arange(steps * size))
-        settings = replace(task.fit, epochs=1)
-        fit(network, fit.descend, {"all": stream}, settings)
-        return time.monotonic() - start
-
-    few(1)
-    per_image = few(6) / (6 * size)
+    per_image = seconds_per_image(task)
     n, epochs = len(task.records), task.fit.epochs
     full = epochs * (1.5 + 2 * plan.references) * n
     methods = 2 * len(METHODS) * n * max(1, epochs / 10) * 1.5

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from efface.report.bench import bench_page
 from efface.report.html import audit_page, story_page
 from efface.report.result import SCHEMA, AuditResult
 
-__all__ = ["SCHEMA", "AuditResult", "audit_page", "story_page"]
+__all__ = ["SCHEMA", "AuditResult", "audit_page", "bench_page", "story_page"]

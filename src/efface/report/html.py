@@ -54,7 +54,7 @@ def audit_page(result: AuditResult) -> str:
     subject = result.subject
     rows = [_finding(finding) for finding in result.findings]
     average = {"average gap": result.average_gap, "gap-A": result.gap_a}
-    return _page(
+    return render(
         "audit.html.j2",
         subject=subject,
         split=result.split,
@@ -88,10 +88,11 @@ def story_page(story: Mapping[str, Any]) -> str:
         True
     """
     sections = [_section(part, index) for index, part in enumerate(story.get("sections") or ())]
-    return _page("story.html.j2", story=story, sections=sections, columns=_columns())
+    return render("story.html.j2", story=story, sections=sections, columns=_columns())
 
 
-def _page(template: str, **values: Any) -> str:
+def render(template: str, **values: Any) -> str:
+    """A template of this package, filled."""
     return _environment().get_template(template).render(**values)
 
 

@@ -241,6 +241,74 @@ def time_and_gap(rows: Sequence[Mapping[str, Any]], salt: str) -> str:
     return out[0]
 
 
+def interval_dots(rows: Sequence[Mapping[str, Any]], x_label: str, salt: str) -> str:
+    """A value with its interval for each row (disc and line), beside a published one (ring).
+
+    Args:
+        rows: ``label``, ``value``, ``low``, ``high`` and ``paper`` (fractions or ``None``), and
+            ``open`` (an open disc).
+        x_label: Quantity and unit.
+        salt: Unique on the page.
+    """
+    with _axes(7.4, 0.85 + 0.27 * len(rows), f"{x_label}, by method.", salt) as (axes, out):
+        for y, row in enumerate(rows):
+            if row["low"] is not None:
+                ends = [100 * row["low"], 100 * row["high"]]
+                axes.plot(ends, [y, y], color=_COLOURS[1], lw=2, alpha=0.45, zorder=1)
+            if row["value"] is not None:
+                fill = _PAPER if row["open"] else _COLOURS[1]
+                disc: dict[str, Any] = {"mfc": fill, "mec": _COLOURS[1], "mew": 1.8, "ms": 6.5}
+                axes.plot(100 * row["value"], y, "o", **disc)
+            if row["paper"] is not None:
+                ring: dict[str, Any] = {"mfc": "none", "mec": _COLOURS[3], "mew": 1.8, "ms": 7}
+                axes.plot(100 * row["paper"], y, "D", **ring)
+        axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
+        axes.tick_params(axis="y", length=0)
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        most = max([100 * (row[k] or 0) for row in rows for k in ("value", "paper")], default=1)
+        axes.set_xlim(0, 1.15 * most or 1)
+        axes.set_xlabel(x_label)
+    return out[0]
+
+
+def against(
+    groups: Sequence[Mapping[str, Any]],
+    places: Sequence[int],
+    x_label: str,
+    y_label: str,
+    salt: str,
+) -> str:
+    """Points with intervals joined by a line for each group; published points as rings.
+
+    Args:
+        groups: ``label``, ``points`` (``x``, ``mean``, ``low``, ``high``; fractions) and ``paper``
+            (``x``, ``y`` in per cent).
+        places: Which of the page's series colours each group has.
+        x_label: Quantity and unit.
+        y_label: The same.
+        salt: Unique on the page.
+    """
+    alt = f"{y_label} against {x_label}: {_names(groups)}."
+    with _axes(6.4, 3.2, alt, salt) as (axes, out):
+        top = 5.0
+        for place, group in zip(places, groups, strict=True):
+            colour = _COLOURS[place]
+            x = [100 * point["x"] for point in group["points"]]
+            y = [100 * point["mean"] for point in group["points"]]
+            top = max([top, *y])
+            axes.plot(x, y, "o", color=colour, ls=_DASHES[place], lw=1.7, ms=4.5)
+            for at, point in zip(x, group["points"], strict=True):
+                if point["low"] is not None:
+                    ends = [100 * point["low"], 100 * point["high"]]
+                    axes.plot([at, at], ends, color=colour, lw=1.4, alpha=0.5)
+            for point in group["paper"]:
+                axes.plot(100 * point["x"], point["y"], "D", mfc="none", mec=colour, ms=7)
+        axes.set_ylim(0, min(103, 1.1 * top))
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+    return out[0]
+
+
 def _log_x(axes: Axes) -> None:
     """A logarithmic axis with numbers as people write them."""
     axes.set_xscale("log")

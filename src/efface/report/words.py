@@ -91,6 +91,7 @@ METRICS = {
         "percent",
         "Accuracy on test records of the forgotten class. A model that was never shown the class "
         "gets none of them right.",
+        "Class TA",
     ),
     "js_forget": Metric(
         "Distance of answers, forgotten records", "number", _JS.format("forgotten records")
@@ -133,6 +134,33 @@ METRICS = {
         "Time to forget, compared with retraining",
         "ratio",
         "The forgetting's time divided by retraining's on the same machine; below 1 is faster.",
+    ),
+    "probe": Metric(
+        "Downstream records answered correctly",
+        "percent",
+        "Accuracy of a linear probe on the features of the network, on test records of classes "
+        "that the network was never trained on.",
+        "Probe",
+    ),
+    "kept_accuracy": Metric(
+        "New records of kept classes",
+        "percent",
+        "Accuracy on test records of the source classes that were not forgotten.",
+        "TA (kept)",
+    ),
+    "asr": Metric(
+        "Attack success",
+        "percent",
+        "The share of test images with the trigger that the model answers with the attacker's "
+        "class, among images of other classes.",
+        "ASR",
+    ),
+    "asr_paper": Metric(
+        "Attack success, all classes",
+        "percent",
+        "The same over all test images, the attacker's own class among them, as in Jia et al. "
+        "(2023): a clean model has about a tenth, not zero.",
+        "ASR (all)",
     ),
 }
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from efface.errors import MethodError, nearest
 from efface.options import check_known, convert, in_words
-from efface.sparsify import OneShot
+from efface.sparsify import PRUNERS, Pruner, build_pruner
 from efface.unlearn.ascent import GradientAscent, NegGradPlus
 from efface.unlearn.base import (
     Chain,
@@ -25,31 +25,52 @@ from efface.unlearn.base import (
     to_json,
 )
 from efface.unlearn.finetune import FineTune, L1Sparse
+from efface.unlearn.fisher import FisherForgetting
+from efface.unlearn.influence import Influence
 from efface.unlearn.logit_off import LogitOff
+from efface.unlearn.proximal import ProximalL1
 from efface.unlearn.relabel import RandomLabel
 from efface.unlearn.retrain import Retrain
+from efface.unlearn.salun import SalUn
+from efface.unlearn.scrub import Scrub
+from efface.unlearn.sfron import SFRon
+from efface.unlearn.ssd import SSD
 
 __all__ = [
+    "SSD",
     "Chain",
     "FineTune",
+    "FisherForgetting",
     "GradientAscent",
+    "Influence",
     "L1Sparse",
     "LogitOff",
     "Masked",
     "NegGradPlus",
+    "ProximalL1",
     "PruneFirst",
     "RandomLabel",
     "Retrain",
+    "SFRon",
+    "SalUn",
+    "Scrub",
     "Unlearner",
     "build",
     "catalogue",
     "check_needs",
     "filled",
     "methods",
+    "pruners",
     "to_json",
 ]
 
-ALIASES = {"ft": "finetune", "ga": "gradient-ascent", "l1": "l1-sparse"}
+ALIASES = {
+    "ft": "finetune",
+    "ga": "gradient-ascent",
+    "l1": "l1-sparse",
+    "ff": "fisher-forgetting",
+    "iu": "influence",
+}
 
 
 @cache
@@ -88,8 +109,10 @@ def build(name: str, options: Mapping[str, Any] | None = None) -> Any:
     >>> build("ft", {"epochs": "3"})
     FineTune(epochs=3, lr=None, bn='train')
     """
-    known = methods() | {OneShot.name: OneShot}
+    known = methods()
     name = ALIASES.get(name, name)
+    if name in PRUNERS and name not in known:
+        return build_pruner(name, options)
     if name not in known:
         raise MethodError(f"method {name!r} is unknown; {nearest(name, [*methods(), *ALIASES])}")
     cls = known[name]
@@ -99,7 +122,7 @@ def build(name: str, options: Mapping[str, Any] | None = None) -> Any:
     for option, value in (options or {}).items():
         check_known(name, option, cls)
         hint = hints[option]
-        if hint in (Unlearner, OneShot):
+        if hint in (Unlearner, Pruner):
             values[option] = _nested(name, option, value, fields[option])
         else:
             values[option] = convert(name, option, value, hint)
@@ -124,26 +147,36 @@ def _nested(name: str, option: str, value: Any, field: dataclasses.Field[Any]) -
         if kind is None and field.default_factory is not dataclasses.MISSING:
             kind = field.default_factory().name
         inner = build(str(kind), options)
-    wanted = OneShot if option == "pruner" else Unlearner
+    wanted: Any = Pruner if option == "pruner" else Unlearner
     if not isinstance(inner, wanted):
-        what = "a pruner (one-shot)" if wanted is OneShot else "a method"
+        what = f"a pruner ({', '.join(PRUNERS)})" if wanted is Pruner else "a method"
         raise MethodError(f"{name}: {option} must be {what}, not {value!r}.")
     return inner
 
 
 def catalogue(name: str | None = None) -> list[dict[str, Any]]:
-    """What each method (or the one named) is, needs and takes, for the command line and the docs.
+    """What each method is, needs and takes; or the one named, which may be a pruner, too.
 
     Raises:
         MethodError: If there is no method of that name.
     """
-    found = methods()
-    if name is not None:
-        name = ALIASES.get(name, name)
-        if name not in found:
-            raise MethodError(f"method {name!r} is unknown; {nearest(name, [*found, *ALIASES])}")
-        found = {name: found[name]}
-    return [_entry(cls) for cls in found.values()]
+    if name is None:
+        return [_entry(cls) for cls in methods().values()]
+    found = methods() | pruner_classes()
+    name = ALIASES.get(name, name)
+    if name not in found:
+        raise MethodError(f"method {name!r} is unknown; {nearest(name, [*found, *ALIASES])}")
+    return [_entry(found[name])]
+
+
+def pruner_classes() -> dict[str, type[Any]]:
+    """Name → class of every pruner, those that stand for a criterion left out."""
+    return {name: cls for name, cls in PRUNERS.items() if isinstance(cls, type)}
+
+
+def pruners() -> list[dict[str, Any]]:
+    """What each pruner is and takes, as :func:`catalogue` says it of methods."""
+    return [_entry(cls) for cls in pruner_classes().values()]
 
 
 def _entry(cls: type[Any]) -> dict[str, Any]:
@@ -156,7 +189,7 @@ def _entry(cls: type[Any]) -> dict[str, Any]:
         "name": cls.name,
         "title": cls.title,
         "paper": cls.paper,
-        "needs": sorted(cls.needs),
+        "needs": sorted(cls.needs if hasattr(cls, "needs") else cls().requires),
         "options": options,
         "doc": inspect.getdoc(cls) or "",
     }

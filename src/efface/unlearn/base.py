@@ -19,7 +19,7 @@ from efface.errors import MethodError, NeedsError
 from efface.fitting import Fit
 from efface.mask import Mask
 from efface.options import check_known
-from efface.sparsify import OneShot
+from efface.sparsify import OneShot, Pruner
 from efface.task import Settings, Split, Task
 
 
@@ -45,13 +45,15 @@ NEEDS: dict[str, tuple[str, str]] = {
     "class": ("a split made by class", "select with --class, or take another method"),
     "mask": ("a pruned model", "prune it first: efface prune"),
     "rewind": ("rewind weights", "train with --rewind EPOCH"),
+    "initial": ("initial weights", "train it with efface train; an adopted model has none"),
 }
 
 
 def needs_of(method: Unlearner) -> frozenset[str]:
     """What a method and everything inside it needs."""
     inner = [value for value in vars(method).values() if isinstance(value, Unlearner)]
-    return method.needs.union(*(needs_of(m) for m in inner))
+    pruners = [value for value in vars(method).values() if isinstance(value, Pruner)]
+    return method.needs.union(*(needs_of(m) for m in inner), *(p.requires for p in pruners))
 
 
 def check_needs(method: Unlearner, trained: TrainedModel, split: Split) -> None:
@@ -66,6 +68,7 @@ def check_needs(method: Unlearner, trained: TrainedModel, split: Split) -> None:
         "class": split.label is not None,
         "mask": trained.mask is not None or isinstance(method, PruneFirst | Masked),
         "rewind": trained.rewind is not None,
+        "initial": trained.initial is not None,
     }
     for need in sorted(needs_of(method)):
         if not there[need]:
@@ -178,10 +181,11 @@ class PruneFirst:
     """Prune first, then unlearn (Jia et al. 2023).
 
     The recovery after pruning sees D_r only: a deletion request is no occasion to train on the
-    records to be deleted. To prune on all data, as in the paper, prune the model beforehand.
+    records to be deleted. (Rewind weights, which ``omp`` and ``imp`` go back to, have seen D_f.)
+    To prune on all data, as in the paper, prune the model beforehand.
 
     Args:
-        pruner: How to prune.
+        pruner: How to prune; any pruner.
         inner: Any unlearner.
     """
 
@@ -190,7 +194,7 @@ class PruneFirst:
     paper: ClassVar[str] = "Jia et al. 2023"
     needs: ClassVar[frozenset[str]] = frozenset({"retain"})
 
-    pruner: OneShot = field(default_factory=OneShot)
+    pruner: Pruner = field(default_factory=OneShot)
     inner: Unlearner = field(default_factory=_fine_tune)
 
     def __call__(self, trained: TrainedModel, split: Split, fit: Fit) -> None:

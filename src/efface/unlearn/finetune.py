@@ -57,12 +57,12 @@ class L1Sparse:
     """l1-sparse: fine-tune on D_r under an l1 penalty, loss = CE(D_r) + γ_e ‖θ‖₁.
 
     Sparsity-aware unlearning of Jia et al. 2023. By default γ falls linearly, γ_e =
-    α(1 − e/E) in epoch e of E, the schedule that the paper found best. The penalty acts through
-    plain sub-gradients, as in the released code: weights shrink, none becomes exactly zero.
+    α(1 − e/E) in epoch e of E, as in the released code. The penalty acts through plain
+    sub-gradients, as there: weights shrink, none becomes exactly zero.
 
     Args:
-        alpha: Weight α of the penalty; ``None``: the task's default, else the paper's 5e-4 (for a
-            ResNet-18 with 11 M weights; it does nothing on a small network in a few epochs).
+        alpha: Weight α of the penalty; ``None``: the task's default, else 5e-4, which others use
+            for a ResNet-18 with 11 M weights (a small network needs more in a few epochs).
         schedule: ``decay`` α(1 − e/E), ``constant`` α, or ``grow`` α e/E.
         epochs: Passes over D_r; ``None``: the task's default, else a tenth of its training's.
         lr: Peak rate; ``None``: the task's default, else half of its training's peak.

@@ -1,0 +1,216 @@
+"""Results of a bench to one self-contained HTML page: tables per model, tested claims, plots."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from efface.report import plots
+from efface.report.html import render
+from efface.report.words import closeness, interval, metric, number, significant
+
+COLUMNS = (
+    *("ua", "mia_efficacy", "ra", "ta", "mia_auc", "forget_class_test_accuracy"),
+    *("asr", "asr_paper", "probe", "kept_accuracy"),
+)
+_TONES = {"holds": ("good", "✓"), "reversed": ("bad", "✗"), "not shown": ("flat", "?")}
+
+
+def bench_page(document: Mapping[str, Any]) -> str:
+    """The report of ``efface bench``.
+
+    Args:
+        document: What ``results.json`` holds (schema ``efface.bench/1``).
+
+    Returns:
+        A whole HTML document.
+
+    Example:
+        >>> document = {"title": "A bench", "recipe": "r", "size": "s", "source": "", "about": "",
+        ...             "command": "efface bench r", "seeds": 1, "seed": 0, "environment": {},
+        ...             "created": "2026-01-01T00:00:00Z", "cost": {"wall": 1.0}, "plan": {},
+        ...             "search": [], "rows": [], "summary": [], "claims": [], "curves": []}
+        >>> "A bench" in bench_page(document)
+        True
+    """
+    entries = document["summary"]
+    columns = [name for name in COLUMNS if any(name in e["metrics"] for e in entries)]
+    models = list(dict.fromkeys(entry["model"] for entry in entries))
+    return render(
+        "bench.html.j2",
+        bench=document,
+        columns=[(name, metric(name)) for name in columns],
+        sections=[_section(document, model, columns) for model in models],
+        claims=[_claim(claim) for claim in document["claims"]],
+        dots=[_dots(entries, kind, text) for kind, text in _GAPS if _has(entries, kind)],
+        curves=[_curve(curve, i) for i, curve in enumerate(document["curves"])],
+        influence=_influence(document.get("influence")),
+        search=[_searched(found) for found in document["search"]],
+        failed=[row for row in document["rows"] if row["status"] != "ok"],
+    )
+
+
+_NAMES = {"average_gap": "average gap", "gap_a": "gap-A", "seconds": "seconds"}
+_GAPS = (
+    ("average_gap", "average gap to retraining, points (left is better)"),
+    ("gap_a", "gap-A, points (left is better)"),
+)
+
+
+def _has(entries: Sequence[Mapping[str, Any]], kind: str) -> bool:
+    return any(entry[kind]["mean"] is not None for entry in entries)
+
+
+def _section(document: Mapping[str, Any], model: str, columns: Sequence[str]) -> dict[str, Any]:
+    entries = [entry for entry in document["summary"] if entry["model"] == model]
+    sparsity = next((e["sparsity"] for e in entries if e["sparsity"]), 0.0)
+    return {
+        "model": model,
+        "sparsity": number(sparsity, "percent") if sparsity else "",
+        "rows": [_row(entry, columns) for entry in entries],
+    }
+
+
+def _row(entry: Mapping[str, Any], columns: Sequence[str]) -> dict[str, Any]:
+    average, other = entry["average_gap"], entry["gap_a"]
+    word, tone = closeness(average["value"], None, "percent")
+    return {
+        "method": entry["method"],
+        "n": entry["n"],
+        "base": entry["method"] in ("original", "retrain"),
+        "cells": [_cell(entry["metrics"].get(name), metric(name).kind) for name in columns],
+        "average": number(average["value"], "percent", False),
+        "average_seeds": _spread(average, "percent"),
+        "average_paper": number(average["paper"] / 100, "percent", False)
+        if "paper" in average
+        else "",
+        "word": word,
+        "tone": tone,
+        "other": number(other["value"], "percent", False),
+        "other_seeds": _spread(other, "percent"),
+        "seconds": number(entry["seconds"]["mean"], "seconds"),
+        "ratio": ""
+        if entry["seconds_ratio"] is None
+        else f"{significant(entry['seconds_ratio'])} ×",
+    }
+
+
+def _spread(entry: Mapping[str, Any], kind: str) -> str:
+    """``3.1 ± 0.4``, or the mean alone where one seed is all there is."""
+    if entry["mean"] is None:
+        return ""
+    text = number(entry["mean"], kind, False)
+    return text if entry["std"] is None else f"{text} ± {number(entry['std'], kind, False)}"
+
+
+def _cell(entry: Mapping[str, Any] | None, kind: str) -> dict[str, str]:
+    if entry is None:
+        return {"value": number(None), "gap": "", "paper": "", "tone": "", "word": ""}
+    gap, paper = entry.get("gap"), entry.get("paper")
+    word, tone = closeness(gap, None, kind)
+    theirs = ""
+    if paper:
+        theirs = _spread({"mean": paper["mean"], "std": paper["std"]}, kind)
+        if paper["gap"] is not None and gap is not None:
+            theirs += f" ({number(paper['gap'], kind, False)})"
+    return {
+        "value": _spread(entry, kind),
+        "gap": "" if gap is None else number(gap, kind, False),
+        "paper": theirs,
+        "tone": tone,
+        "word": word,
+    }
+
+
+def _claim(claim: Mapping[str, Any]) -> dict[str, Any]:
+    tone, icon = _TONES[claim["verdict"]]
+    apart = claim["difference"]
+    kind = {"mia_auc": "score", "seconds": "seconds"}.get(claim["metric"], "percent")
+    return {
+        "text": claim["text"],
+        "less": " · ".join(claim["less"]["of"]),
+        "than": " · ".join(claim["than"]["of"]),
+        "values": (_spread(claim["less"], kind), _spread(claim["than"], kind)),
+        "difference": number(apart["mean"], kind, False),
+        "interval": interval(apart["low"], apart["high"], kind),
+        "n": apart["n"],
+        "metric": _NAMES.get(claim["metric"]) or metric(claim["metric"]).short,
+        "word": claim["verdict"],
+        "tone": tone,
+        "icon": icon,
+    }
+
+
+def _dots(entries: Sequence[Mapping[str, Any]], kind: str, text: str) -> dict[str, Any]:
+    rows = [
+        {
+            "label": f"{e['method']} · {e['model']}",
+            "value": e[kind]["mean"],
+            "low": e[kind]["low"] and max(0.0, e[kind]["low"]),
+            "high": e[kind]["high"],
+            "paper": e[kind]["paper"] / 100 if "paper" in e[kind] else None,
+            "open": bool(e["sparsity"]),
+        }
+        for e in sorted(entries, key=lambda e: e["method"] not in ("original", "retrain"))
+        if e[kind]["mean"] is not None
+    ]
+    order = {m: i for i, m in enumerate(dict.fromkeys(e["method"] for e in entries))}
+    rows.sort(key=lambda row: order[row["label"].split(" · ")[0]])
+    return {
+        "title": "Average gap" if kind == "average_gap" else "Gap-A",
+        "svg": plots.interval_dots(rows, text, f"dots-{kind}"),
+        "paper": any(row["paper"] is not None for row in rows),
+    }
+
+
+def _curve(curve: Mapping[str, Any], index: int) -> dict[str, Any]:
+    how = metric(curve["metric"])
+    groups = [group for group in curve["groups"] if group["points"]]
+    free = iter((1, 3, 4) * len(groups))  # the colours that no special role has
+    places = [plots.role(g["label"], next(free)) for g in groups]
+    label = f"{how.short or how.label}, %"
+    return {
+        "title": how.label,
+        "svg": plots.against(groups, places, "weights removed, %", label, f"curve{index}"),
+        "legend": [
+            {"label": g["label"], "place": place} for g, place in zip(groups, places, strict=True)
+        ],
+        "paper": any(group["paper"] for group in groups),
+    }
+
+
+def _searched(found: Mapping[str, Any]) -> dict[str, Any]:
+    def text(options: Mapping[str, Any]) -> str:
+        return ", ".join(
+            f"{k} = {v:g}" if isinstance(v, float) else f"{k} = {v}" for k, v in options.items()
+        )
+
+    return {
+        "model": found["model"],
+        "method": found["method"],
+        "chosen": text(found["chosen"]),
+        "tried": [
+            (
+                text(t["options"]),
+                number(t["gap"], "percent", False),
+                t["options"] == found["chosen"],
+            )
+            for t in found["tried"]
+        ],
+    }
+
+
+def _influence(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What each source class is worth to the downstream task."""
+    if found is None:
+        return None
+    rows = [
+        {
+            "class": c,
+            "text": _spread(entry, "percent"),
+            "interval": interval(entry["low"], entry["high"], "percent"),
+            "chosen": int(c) in found["chosen"],
+        }
+        for c, entry in found["classes"].items()
+    ]
+    return {"rows": rows, "whole": _spread(found["whole"], "percent")}
