@@ -281,3 +281,60 @@ def test_batch_statistics_are_those_of_training_mode(criterion: Any) -> None:
     own = criterion(batch_stats=True)(network, data)
     close(own, criterion()(twin, data), rtol=1e-12)
     assert any(not torch.allclose(own[n], t) for n, t in criterion()(network, data).items())
+
+
+class Flagged(nn.Module):
+    """A network with a buffer of truth values, such as an attention mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 3)
+        self.register_buffer("flag", torch.tensor([True, False, True]))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        out: Tensor = torch.where(self.get_buffer("flag"), self.inner(inputs), 0.0)
+        return out
+
+
+class Casting(nn.Sequential):
+    """A network that insists on its own type."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        out: Tensor = super().forward(inputs.float())
+        return out
+
+
+class Attending(nn.Module):
+    """A network with fused attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.out = nn.Linear(4, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        x = inputs.reshape(-1, 1, 4).expand(-1, 3, 4)
+        seen, _ = self.attention(x, x, x, need_weights=False)
+        out: Tensor = self.out(seen.mean(1))
+        return out
+
+
+def four(n: int = 6) -> list[Batch]:
+    draw = torch.Generator().manual_seed(0)
+    return [Batch(torch.randn(n, 4, generator=draw), torch.arange(n) % 3, torch.arange(n))]
+
+
+def test_synflow_takes_buffers_without_a_sign() -> None:
+    scores = SynFlow()(Flagged(), four())
+    assert set(scores) == {"inner.weight"}
+
+
+def test_synflow_says_why_a_network_cannot_be_scored() -> None:
+    with pytest.raises(MethodError, match="float64"):
+        SynFlow()(Casting(nn.Linear(4, 3)), four())
+
+
+def test_grasp_scores_fused_attention() -> None:
+    scores = Grasp()(Attending(), four())
+    assert all(bool(torch.isfinite(s).all()) for s in scores.values())
+    assert any(bool((s != 0).any()) for s in scores.values())

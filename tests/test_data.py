@@ -26,7 +26,7 @@ from efface.data import (
     probes,
     uniforms,
 )
-from efface.errors import SelectionError, TaskError
+from efface.errors import InputError, SelectionError, TaskError
 from efface.feeds import Feed
 from efface.seeds import generator, rng, seed_for
 
@@ -500,3 +500,25 @@ def test_half_precision_records_have_a_fingerprint() -> None:
     y = torch.arange(30) % 2
     task = efface.Task(lambda: nn.Linear(4, 2), (x, y), (x, y))
     assert len(task.data_fingerprint) == 64
+
+
+class Broken:
+    """A set with one record that cannot be read."""
+
+    targets = torch.arange(8) % 2
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> Any:
+        if index == 5:
+            raise InputError("record 5 is no readable image; replace or leave it out.")
+        return torch.ones(2), int(self.targets[index])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_is_wrong_with_a_record_is_said_in_one_sentence(workers: int) -> None:
+    records = LoadedRecords(Broken(), workers)
+    with pytest.raises(InputError) as caught:
+        list(records.batches([torch.arange(8)], torch.device("cpu")))
+    assert str(caught.value) == "record 5 is no readable image; replace or leave it out."

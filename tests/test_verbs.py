@@ -65,6 +65,19 @@ def test_the_same_seed_gives_the_same_bytes(task: efface.Task, trained: TrainedM
     assert efface.train(task, seed=1).digest != trained.digest
 
 
+def test_forgetting_leaves_no_early_weights_behind(task: efface.Task, split: efface.Split) -> None:
+    """They were trained on what is to be forgotten."""
+    before = efface.train(task, seed=0, rewind=1)
+    after = efface.forget(before, split, efface.unlearn.FineTune(epochs=1))
+    assert before.rewind is not None
+    assert after.rewind is None
+    again = efface.forget(before, split, efface.unlearn.Retrain(), seed=5)
+    assert again.rewind is None
+    assert again.initial is not None
+    assert before.initial is not None
+    assert again.initial["seed"] != before.initial["seed"]
+
+
 @pytest.mark.parametrize("epoch", [1, 3, 6])
 def test_rewind_weights_are_those_after_an_epoch(
     task: efface.Task, trained: TrainedModel, epoch: int

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
-from efface.errors import TaskError
+from efface.errors import InputError, TaskError
 from efface.seeds import generator
 
 MEMORY_LIMIT = 2 * 1024**3
@@ -132,14 +132,22 @@ class LoadedRecords:
             collate_fn=self.collate,
         )
         move: Callable[[Any], Any] = lambda t: t.to(device) if isinstance(t, Tensor) else t  # noqa: E731
-        for positions, pair in zip(plan, loader, strict=True):
-            inputs, targets = pair
-            yield Batch(tree_map(move, inputs), targets.to(device), positions)
+        try:
+            for positions, pair in zip(plan, loader, strict=True):
+                inputs, targets = pair
+                yield Batch(tree_map(move, inputs), targets.to(device), positions)
+        except InputError as error:  # a loader process puts its whole traceback before the sentence
+            sentence = str(error).strip().splitlines()[-1].removeprefix(f"{_full_name(error)}: ")
+            raise type(error)(sentence) from None
 
     def raw(self, position: int) -> tuple[Any, int]:
         """One record as the data set gives it."""
         inputs, target = self.dataset[position]
         return inputs, int(target)
+
+
+def _full_name(error: Exception) -> str:
+    return f"{type(error).__module__}.{type(error).__qualname__}"
 
 
 Records = TensorRecords | LoadedRecords

@@ -162,7 +162,8 @@ def forget(
 ) -> TrainedModel:
     """Make a copy of a model forget the records of a split.
 
-    What earlier requests removed stays out of D_r.
+    What earlier requests removed stays out of D_r. The new model has no rewind weights: they were
+    trained on the forgotten records, too.
 
     Args:
         trained: Left as it is.
@@ -199,6 +200,7 @@ def forget(
     model = trained.copy()
     work = Work(model, "forget", seed, How(device, progress, journal))
     chosen(model, split, work.fit)
+    model.rewind = None  # early weights were trained on what is to be forgotten
     return work.close(to_json(chosen), forgotten, split=split.sizes())
 
 

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
 from efface.data import Batch
@@ -200,7 +201,9 @@ class Grasp:
         g = _summed(_gradients(params, loss(twin, batch)) for batch in data)
 
         def product(batch: Batch) -> dict[str, Tensor]:
-            own = _gradients(params, loss(twin, batch), create_graph=True)
+            with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+                value = loss(twin, batch)
+            own = _gradients(params, value, create_graph=True)
             along = torch.stack([(own[name] * g[name]).sum() for name in params]).sum()
             return _gradients(params, along)
 
@@ -239,12 +242,18 @@ class SynFlow:
         twin.double()
         with torch.no_grad():
             for tensor in [*twin.parameters(), *twin.buffers()]:
-                tensor.copy_(tensor.abs())
+                if tensor.dtype != torch.bool:  # which has no sign
+                    tensor.copy_(tensor.abs())
         outputs: list[Any] = []
         twin.register_forward_hook(lambda *call: outputs.append(call[2]))
         ones = tree_map(_ones, first.inputs)
-        # the loss is not wanted: it leads there through the task's batch adapter
-        loss(twin, first._replace(inputs=ones, targets=first.targets[:1]))
+        try:  # the loss is not wanted: it leads there through the task's batch adapter
+            loss(twin, first._replace(inputs=ones, targets=first.targets[:1]))
+        except RuntimeError as error:
+            raise MethodError(
+                f"synflow computes in float64, and the network does not ({error}); let its forward "
+                "take its type from its weights instead of calling float()."
+            ) from error
         leaves = [t for t in tree_leaves(outputs) if isinstance(t, Tensor)]
         if not leaves:
             raise MethodError(

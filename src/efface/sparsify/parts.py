@@ -209,16 +209,16 @@ def start_of(trained: TrainedModel, to: To, fit: Fit) -> Start:
         return Start(None, 0)
     if to == "initial":
         return Start(initial_weights(trained, fit), 0)
+    if any(step.verb == "forget" for step in trained.lineage):
+        raise NeedsError(
+            "early weights were trained on records that the model has forgotten since, and would "
+            "bring them back; take to=initial, to=none, or one-shot."
+        )
     epoch = rewind_epoch(trained)
     if trained.rewind is None or epoch is None:
         raise NeedsError(
             "rewinding needs weights kept early in training, and their epoch; train with "
             "--rewind EPOCH, or take to=initial."
-        )
-    if any(step.verb == "forget" for step in trained.lineage):
-        raise NeedsError(
-            "the rewind weights were trained on records that the model has forgotten since, and "
-            "would bring them back; take to=initial, to=none, or one-shot."
         )
     return Start(trained.rewind, epoch)
 

@@ -44,7 +44,10 @@ NEEDS: dict[str, tuple[str, str]] = {
     ),
     "class": ("a split made by class", "select with --class, or take another method"),
     "mask": ("a pruned model", "prune it first: efface prune"),
-    "rewind": ("rewind weights", "train with --rewind EPOCH"),
+    "rewind": (
+        "rewind weights",
+        "train with --rewind EPOCH (a model that was made to forget keeps none)",
+    ),
     "initial": ("initial weights", "train it with efface train; an adopted model has none"),
 }
 

@@ -57,7 +57,7 @@ class FisherForgetting:
         records: Records of D_r to use at most: drawn by the seed, or, as released, the first ones;
             ``None``: all.
         reset_class: Of the exact flavour and a split made by class: set the class's row of the
-            classifier to zero before the noise.
+            classifier to zero, and give it noise of variance 1e-3 whatever α is, as released.
         memory: Bytes that a pass may hold.
     """
 

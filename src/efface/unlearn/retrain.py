@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset, TensorDataset
 
-from efface.checkpoint import TrainedModel
+from efface.checkpoint import TrainedModel, weights_digest
 from efface.data import Stream
 from efface.errors import NeedsError
 from efface.fitting import Fit, History
@@ -76,6 +76,8 @@ class Retrain:
     def __call__(self, trained: TrainedModel, split: Split, fit: Fit) -> None:
         """Edit ``trained`` in place."""
         fit = replace(fit, seed=own_seed(fit.seed), path="train")
-        refresh(trained.network, fit.fresh())
+        fresh = fit.fresh()
+        trained.initial = {"seed": fit.seed, "digest": weights_digest(fresh.state_dict())}
+        refresh(trained.network, fresh)
         trained.set_mask(trained.mask)
         train_from(fit, trained.network, split.retain, label=self.name)
