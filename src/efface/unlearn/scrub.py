@@ -47,9 +47,9 @@ class Scrub:
     Kurmanji et al. 2023. The teacher is the trained model, the student starts from it. Each of
     the first ``max_epochs`` epochs begins with a pass over D_f that maximises KL(teacher ‖
     student); every epoch ends with a pass over D_r that minimises γ CE + α KL. A batch of D_f
-    whose loss has reached the cap adds no gradient (momentum and weight decay go on). The rate follows the task's schedule from epoch to
-    epoch; every pass starts with fresh momentum. SCRUB+R's rewinding is not done: the cap serves
-    its end.
+    whose loss has reached the cap adds no gradient (momentum and weight decay go on). The rate
+    follows the task's schedule from epoch to epoch; every pass starts with fresh momentum.
+    SCRUB+R's rewinding is not done: the cap serves its end.
 
     At the teacher's own weights the divergence has no slope. What gets the first pass away from
     there is batch norm in training mode, or dropout; a network with neither first climbs in the
