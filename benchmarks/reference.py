@@ -272,7 +272,10 @@ def main() -> None:
     released = Released.load(given.reference_code.resolve())
     known = parts(released)
     for name in given.names or known:
-        checks = [check for measure in known[name] for check in measure()]
+        checks: list[Check] = []
+        for measure in known[name]:
+            checks += measure()
+            print(f"# {name}: {len(checks)} checks done", flush=True)
         write(f"reference_{name}", ABOUT[name], checks, reference=released.facts)
 
 

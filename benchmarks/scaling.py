@@ -33,14 +33,14 @@ from efface.networks import AirNet, ThreeConv
 from efface.unlearn import build, methods
 from efface.unlearn.base import Unlearner, needs_of
 
-FORGET, RETAIN = 128, 512
+FORGET, RETAIN = 64, 256
 REPETITIONS = 2
 BUDGET = 300.0
 """Seconds after which no further repetition is begun."""
 
 AXES: dict[str, tuple[str, tuple[int, ...]]] = {
-    "forget": ("records of D_f", (64, 128, 256, 512, 1024)),
-    "retain": ("records of D_r", (256, 512, 1024, 2048)),
+    "forget": ("records of D_f", (32, 64, 128, 256, 512)),
+    "retain": ("records of D_r", (128, 256, 512, 1024)),
     "parameters": ("parameters", (8, 16, 32, 64)),
 }
 """Axis → what it is, and its values (for the network: the width of AirNet's first block)."""
@@ -91,7 +91,7 @@ def case(point: Point) -> tuple[efface.Split, nn.Module]:
     labels = torch.arange(n) % 10
     images = torch.randint(0, 206, (n, 3, 32, 32), dtype=torch.uint8, generator=draw)
     images += (5 * labels).to(torch.uint8).view(-1, 1, 1, 1)
-    settings = efface.Settings(epochs=1, batch_size=128, lr=0.01, schedule="constant")
+    settings = efface.Settings(epochs=1, batch_size=64, lr=0.01, schedule="constant")
     task = efface.Task(point.network, (images, labels), (images, labels), fit=settings)
     chosen = torch.zeros(n, dtype=torch.bool)
     chosen[torch.linspace(0, n - 1, point.forget).long()] = True
@@ -136,6 +136,7 @@ def measure(chosen: Mapping[str, Unlearner]) -> dict[tuple[str, Point], list[Spe
         run(method, POINTS[0])()
     began = time.monotonic()
     for repetition in range(REPETITIONS):
+        print(f"# repetition {repetition + 1}", flush=True)
         for point in POINTS:
             for name, method in chosen.items():
                 if repetition == 0 or time.monotonic() - began < BUDGET:
@@ -171,6 +172,7 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> None:
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
 
     names = list(dict.fromkeys(row["method"] for row in rows))
     colours = mpl.colormaps["tab20"].colors  # type: ignore[attr-defined]
@@ -184,6 +186,10 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> None:
                 i = names.index(row["method"])
                 style = {"color": colours[i % 20], "marker": "osD^v"[i % 5]}
                 axes.loglog(row["sizes"], row["seconds"], lw=1.2, ms=4, label=names[i], **style)
+            if axis != "parameters":
+                sizes = AXES[axis][1]
+                axes.set_xticks(sizes, labels=[str(size) for size in sizes])
+                axes.xaxis.set_minor_locator(NullLocator())
             axes.set_xlabel(words)
             axes.grid(alpha=0.3)
             axes.spines[["top", "right"]].set_visible(False)

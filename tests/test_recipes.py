@@ -202,6 +202,12 @@ def test_there_is_a_row_for_every_model_method_and_seed(done: Path) -> None:
             assert row["metrics"]["ua"]["value"] == 1.0
 
 
+def test_nothing_is_told_of_the_machine(done: Path) -> None:
+    assert results(done)["command"] == "efface bench mini.toml --size digits --out mini-digits"
+    for name in ("results.json", "report.html"):
+        assert str(done) not in (done / "out" / name).read_text()
+
+
 def test_a_row_says_what_the_verbs_say(done: Path) -> None:
     """The slow twin: the same request made by hand."""
     task = recipes.parse(MINI, "mini").size["digits"].task.build()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import json
 import os
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -72,7 +71,7 @@ def run_bench(
         rows, search = stages.all(progress)
     document = _document(bench, plan, stages, rows, search)
     document |= {
-        "command": _command(name, size, plan.seeds),
+        "command": _command(name, size, seeds, console.seed),
         "environment": environment(workers),
         "cost": _cost(out, watch),
     }
@@ -131,10 +130,12 @@ def _workers(jobs: int, device: str) -> int:
     return jobs or (1 if on_gpu else min(2, os.cpu_count() or 1))
 
 
-def _command(name: str, size: str, seeds: int) -> str:
-    if sys.argv[1:2] == ["bench"]:
-        return "efface " + " ".join(sys.argv[1:])
-    return f"efface bench {name} --size {size} --seeds {seeds}"
+def _command(name: str, size: str, seeds: int | None, seed: int) -> str:
+    """The command that does this again; without the paths of the machine where it was run."""
+    words = [f"efface bench {Path(name).name} --size {size}"]
+    words += [f"--seeds {seeds}"] if seeds is not None else []
+    words += [f"--seed {seed}"] if seed else []
+    return " ".join([*words, f"--out {Path(name).stem}-{size}"])
 
 
 def _prepare(console: Run, bench: Bench, seeds: int | None) -> None:
