@@ -18,7 +18,7 @@ import efface
 from efface.console import Run
 from efface.errors import InputError, OutputError
 from efface.recipes import recipe as recipes
-from efface.recipes.bench import run_bench, with_seeds
+from efface.recipes.bench import at_edge, run_bench, with_seeds
 from efface.recipes.jobs import Bench, Job, gap, original_key, reference_key
 from efface.recipes.recipe import Claim, parse
 from efface.recipes.store import TRAINING, Store, code_digest
@@ -252,6 +252,12 @@ def test_the_search_sees_the_proxy_only(done: Path, monkeypatch: pytest.MonkeyPa
     trial = Job("trial", "dense", 0, "proxy", "ft", {"lr": 0.1})
     assert bench.data(trial.which)[1].label == 5
     assert reference_key(bench, trial) != reference_key(bench, Job("row", "dense", 0))
+
+
+def test_a_choice_at_the_edge_of_its_grid_is_pointed_out() -> None:
+    assert at_edge({"lr": (0.1, 0.2, 0.3)}, {"lr": 0.2}) == []
+    assert at_edge({"lr": (0.3, 0.2, 0.1)}, {"lr": 0.1}) == ["lr"]
+    assert at_edge({"lr": (0.1, 0.2)}, {"lr": 0.1}) == []  # two values have nothing but edges
 
 
 def test_a_second_run_does_nothing_again(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -116,6 +116,16 @@ def with_seeds(plan: Size, seeds: int | None) -> Size:
         return plan
     methods = {n: m.model_copy(update={"seeds": None}) for n, m in plan.methods.items()}
     return plan.model_copy(update={"seeds": seeds, "methods": methods})
+
+
+def at_edge(grid: Mapping[str, Sequence[Any]], chosen: Mapping[str, Any]) -> list[str]:
+    """Searched options whose chosen value is the least or the greatest: a wider grid may do better.
+
+    >>> at_edge({"lr": [0.1, 0.2, 0.3], "epochs": [1, 2]}, {"lr": 0.3, "epochs": 1})
+    ['lr']
+    """
+    ends = {name: (min(v), max(v)) for name, v in grid.items() if len(v) > 2}
+    return [name for name, both in ends.items() if chosen[name] in both]
 
 
 def environment(workers: int) -> dict[str, Any]:
@@ -327,6 +337,7 @@ class Stages:
                     "method": method,
                     "metric": self.plan.search_metric,
                     "chosen": best["options"],
+                    "edge": at_edge(self.plan.methods[method].search, best["options"]),
                     "tried": tried,
                 }
             )

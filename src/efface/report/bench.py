@@ -189,6 +189,7 @@ def _searched(found: Mapping[str, Any]) -> dict[str, Any]:
         "model": found["model"],
         "method": found["method"],
         "chosen": text(found["chosen"]),
+        "edge": ", ".join(found.get("edge") or ()),
         "tried": [
             (
                 text(t["options"]),
