@@ -758,3 +758,15 @@ def test_progress_counts_every_step(task: efface.Task) -> None:
     settings = Settings(epochs=2, batch_size=40)
     fit(fit.fresh(), fit.descend, {"a": efface.Stream(torch.arange(120))}, settings, label="x")
     assert calls == [("x", i, 6) for i in range(1, 7)]
+
+
+def test_a_stream_of_one_record_leaves_batch_norm_alone(conv_task: efface.Task) -> None:
+    """One record has no variance; a request for one record is the usual one."""
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    x, y = torch.randn(20, 1, 8, 8), torch.arange(20) % 3
+    task = efface.Task(lambda: copy.deepcopy(flat), (x, y), (x, y), fit=efface.Settings(epochs=1))
+    trained = efface.train(task)
+    split = efface.Split.by_ids(task, [3])
+    for name in ("neggrad-plus", "scrub", "sfron", "salun", "gradient-ascent"):
+        after = efface.forget(trained, split, name)
+        assert all(bool(torch.isfinite(t).all()) for t in after.network.state_dict().values())

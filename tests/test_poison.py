@@ -341,3 +341,8 @@ def test_poisoning_can_be_repeated() -> None:
     assert (first.tolist(), second.tolist()) == ([1], [2])
     assert twice.records.targets[[1, 2]].tolist() == [1, 2]
     assert replace(twice, name="x").records.targets[2] == 2
+
+
+def test_a_patch_refuses_what_is_no_image() -> None:
+    with pytest.raises(TaskError, match="marks images"):
+        Patch()(torch.zeros(4, 12))

@@ -718,5 +718,16 @@ def test_slips_of_the_command_line(lab: Path) -> None:
     assert answer.code == 2
     assert "--allow-dead-layers" in answer.err
     assert not (lab / "p.st").exists()
-    with pytest.warns(UserWarning, match="lost all weights"):
-        done(f"{prune} {words} --allow-dead-layers")
+    answer = done(f"{prune} {words} --allow-dead-layers")
+    assert answer.err.startswith("note: ")
+    assert "lost all weights" in answer.err
+    assert ".py" not in answer.err
+
+
+def test_a_repruned_reference_of_prune_first(
+    early: efface.TrainedModel, split: efface.Split
+) -> None:
+    after = efface.forget(early, split, PruneFirst(OneShot(0.6, recovery=1), FineTune(epochs=1)))
+    reference = efface.retrain(early.task, split, model=after, like="repruned", seed=3)
+    assert reference.sparsity == after.sparsity
+    assert reference.lineage[-1].method["method"] == "one-shot"

@@ -539,3 +539,66 @@ def test_wrong_use_of_the_command(
     (line,) = found.err.strip().splitlines()
     assert said in line
     assert list(tmp_path.iterdir()) == []
+
+
+SLIPS = {
+    "claim": (MINI.replace('than = ["dense", "ft"]', 'than = ["dense", "fft"]'), "fft"),
+    "metric": (MINI.replace('metric = "average_gap"', 'metric = "averagegap"'), "averagegap"),
+    "models of a method": (MINI + "models = {dens = {alpha = 1e-3}}\n", "dens"),
+    "reserved": (MINI + '[size.digits.methods.retrain]\nmethod = "finetune"\n', "retrain"),
+    "empty search": (MINI.replace("lr = [0.01, 0.1]", "lr = []"), "search"),
+    "one name twice": (MINI.replace("sparsities = [0.8]", "sparsities = [0.8, 0.8]"), "its own"),
+    "no pruner": (MINI.replace('method = "omp", scope', "scope"), "no method"),
+}
+
+
+@pytest.mark.parametrize("case", SLIPS)
+def test_a_slip_in_a_recipe_is_noticed(case: str) -> None:
+    text, word = SLIPS[case]
+    with pytest.raises(InputError, match=word):
+        parse(text, "mini")
+
+
+LATE = {
+    "rewind beyond the end": (MINI.replace("rewind = 1", "rewind = 30"), "none of the 3 epochs"),
+    "no rewind": (MINI.replace("rewind = 1\n", ""), "rewind = EPOCH"),
+    "proxy in other words": (MINI.replace("class = 5", "classes = [3]"), "forget set"),
+    "network": (MINI.replace('name = "digits"\n', 'name = "digits"\nnetwork = "MLP"\n'), "MLP"),
+    "no such class": (MINI.replace("class = 3", "class = 33"), "33"),
+}
+
+
+@pytest.mark.parametrize("case", LATE)
+def test_what_cannot_work_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    text, word = LATE[case]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.toml").write_text(text)
+    found = command("bench mine.toml --out out")
+    assert found.code == 2
+    assert word in found.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_method_that_cannot_run_is_a_row_that_says_why(tmp_path: Path) -> None:
+    text = MINI.replace("class = 3", "random = 0.1").replace("seeds = 2", "seeds = 1")
+    text += '[size.digits.methods.off]\nmethod = "logit-off"\n'
+    (tmp_path / "mine.toml").write_text(text)
+    run_bench(Run(), str(tmp_path / "mine.toml"), tmp_path / "out", jobs=1)
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    (bad,) = [r for r in found["rows"] if r["status"] == "failed" and r["model"] == "dense"]
+    assert "split made by class" in bad["sentence"]
+
+
+@pytest.mark.parametrize("content", ['{"metrics": {}}', '{"metrics": 3}', "[1]", "\x00"])
+def test_a_damaged_row_is_made_again(done: Path, content: str) -> None:
+    before = results(done)
+    path = sorted((done / "out" / "rows").iterdir())[0]
+    path.write_text(content)
+    run_bench(Run(force=True), str(done / "mini.toml"), done / "out", jobs=1)
+    both = [
+        [{k: v for k, v in row.items() if k != "cost"} for row in found["rows"]]
+        for found in (before, results(done))
+    ]
+    assert both[0] == both[1]

@@ -6,6 +6,7 @@ import inspect
 import shlex
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -77,7 +78,11 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     def run(**values: Any) -> None:
         common = Run(**{name: values.pop(name) for name in COMMON})
         try:
-            function(common, **values)
+            with warnings.catch_warnings():
+                warnings.simplefilter("default", UserWarning)
+                warnings.filterwarnings("ignore", message=".*performance drop.*")  # of torch.func
+                warnings.showwarning = lambda message, *_, **__: common.say(f"note: {message}")
+                function(common, **values)
         except (typer.Exit, typer.Abort):
             raise
         except KeyboardInterrupt:

@@ -88,13 +88,13 @@ class _Estimate:
 
     def __init__(self, run: Run) -> None:
         self.run, self.said = run, False
-        self.first: tuple[float, int] | None = None
+        self.first: tuple[str, float, int] | None = None
 
     def __call__(self, label: str, done: int, total: int) -> None:
         now = time.monotonic()
-        if self.first is None:  # the first step loads and warms up: not counted
-            self.first = (now, done)
-        spent, steps = now - self.first[0], done - self.first[1]
+        if self.first is None or self.first[0] != label:  # the first step warms up: not counted
+            self.first = (label, now, done)
+        spent, steps = now - self.first[1], done - self.first[2]
         if self.said or spent < 4 or steps < 1:
             return
         self.said = True

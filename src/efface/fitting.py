@@ -257,7 +257,8 @@ class _Run:
         return self.history
 
     def _epoch(self, epoch: int) -> None:
-        train_mode(self.network, frozen_bn=self.settings.bn == "frozen")
+        alone = any(len(f.stream.positions) == 1 for f in self.feeds.values())  # no variance
+        train_mode(self.network, frozen_bn=self.settings.bn == "frozen" or alone)
         sources = {
             name: feed.batches(self.step, epoch if feed is self.first else None)
             for name, feed in self.feeds.items()
@@ -303,7 +304,7 @@ class _Run:
         if not math.isfinite(value):
             raise DivergedError(
                 f"the loss became {value} in epoch {clock.epoch + 1}, step {clock.step + 1} "
-                f"({self.label}); use a smaller learning rate, or cap the loss that is climbed."
+                f"({self.label}); use a smaller learning rate, cap what is climbed, or mend data."
             )
         loss.backward()  # type: ignore[no-untyped-call]
         for constraint in fit.constraints:

@@ -22,7 +22,8 @@ def convert(owner: str, option: str, value: Any, hint: Any) -> Any:
     >>> convert("finetune", "epochs", "3", int | None)
     3
     """
-    if isinstance(value, str) and value.lower() in ("none", "null"):
+    words = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
+    if isinstance(value, str) and value.lower() in ("none", "null") and value not in words:
         value = None
     try:
         return TypeAdapter(hint).validate_python(value)

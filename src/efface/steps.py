@@ -72,7 +72,7 @@ def recalibrate_bn(
 ) -> None:
     """Replace batch-norm statistics by plain averages over un-augmented records."""
     layers = batch_norms(network)
-    if not layers:
+    if not layers or len(positions) < 2:  # of one record, there is no variance
         return
     with contextlib.ExitStack() as stack, torch.no_grad():
         for layer in layers:

@@ -34,7 +34,7 @@ class Settings:
         warmup: Fraction of all steps in which the rate rises linearly from zero.
         bn: What the fit does to batch-norm statistics: ``"train"`` updates them as usual,
             ``"frozen"`` leaves them alone, ``"recalibrate"`` recomputes them afterwards on the
-            first stream.
+            first stream. Where a stream has a single record they are left alone in any case.
         begun: Epochs of the schedule that are behind the fit already: it gets the rates of the last
             ``epochs`` of ``begun + epochs``.
     """

@@ -24,9 +24,9 @@ from efface.mask import Mask
 from efface.placement import pick_device
 from efface.report import AuditResult
 from efface.signals import margin
-from efface.sparsify import OneShot, Pruner, build_pruner, rewind_epoch
+from efface.sparsify import PRUNERS, OneShot, Pruner, build_pruner, rewind_epoch
 from efface.task import Split, Task
-from efface.unlearn import Unlearner, build, check_needs, filled, to_json
+from efface.unlearn import PruneFirst, Unlearner, build, check_needs, filled, to_json
 from efface.work import How, Work, from_scratch
 
 Like = Literal["dense", "same-mask", "rewound", "repruned"]
@@ -285,12 +285,14 @@ def _likeness(
 
 def _pruner_of(model: TrainedModel | None) -> Pruner:
     """The pruner that made a model's mask, from its lineage."""
-    steps = [s for s in (model.lineage if model else ()) if s.verb == "prune" and s.method]
+    done = [dict(s.method) for s in (model.lineage if model else ()) if s.method]
+    steps = [m["pruner"] if m["method"] == PruneFirst.name else m for m in done]
+    steps = [m for m in steps if m["method"] in PRUNERS]
     if not steps:
         raise NeedsError(
             "--like repruned needs a model that efface pruned; none is in its lineage."
         )
-    options = dict(steps[-1].method or {})
+    options = dict(steps[-1])
     return build_pruner(options.pop("method"), options)
 
 

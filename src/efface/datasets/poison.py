@@ -60,6 +60,11 @@ class Patch:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Marked copies of images ``[B, C, H, W]``: ``uint8`` in 0…255, or float in [0, 1]."""
+        if images.dim() != 4:
+            raise TaskError(
+                f"a Patch marks images [B, C, H, W], not records of {list(images.shape[1:])}; give "
+                "a trigger of your own."
+            )
         height, width = images.shape[-2:]
         if self.size + self.margin > min(height, width):
             raise TaskError(

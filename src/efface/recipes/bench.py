@@ -25,6 +25,8 @@ from efface.recipes.transfer import least_useful
 from efface.report import bench_page
 
 SCHEMA = "efface.bench/1"
+MOST = 1000
+"""Training seeds, at most."""
 
 
 def run_bench(
@@ -57,15 +59,16 @@ def run_bench(
     size = size or next(iter(recipe.size))
     if size not in recipe.size:
         raise InputError(f"recipe {recipe.name} has no size {size!r}; {nearest(size, recipe.size)}")
-    if seeds is not None and seeds < 1:
-        raise InputError(f"--seeds must be 1 or more, not {seeds}.")
+    if seeds is not None and not 1 <= seeds <= MOST:
+        raise InputError(f"--seeds must be 1 to {MOST}, not {seeds}.")
     workers = _workers(jobs, console.device)
     bench = Bench(
         text, recipe.name, size, out, store or out / "models", console.device, console.seed
     )
+    plan = with_seeds(bench.plan, seeds)
+    check_plan(bench, plan)
     _prepare(console, bench, seeds)
     watch = Stopwatch()
-    plan = with_seeds(bench.plan, seeds)
     stages = Stages(console, bench, plan, workers)
     with console.progress() as progress:
         rows, search = stages.all(progress)
@@ -148,6 +151,26 @@ def _command(name: str, size: str, seeds: int | None, seed: int) -> str:
     return " ".join([*words, f"--out {Path(name).stem}-{size}"])
 
 
+def check_plan(bench: Bench, plan: Size) -> None:
+    """Check what can be known before anything is trained: data, rewinding, proxy, cache.
+
+    Raises:
+        InputError: Naming what does not fit together.
+    """
+    task, split = bench.data("forget")
+    if plan.rewind is not None and not 0 < plan.rewind <= task.fit.epochs:
+        raise InputError(f"rewind = {plan.rewind} is none of the {task.fit.epochs} epochs.")
+    for model in plan.models:
+        needs = model.make_pruner().requires if model.pruner is not None else ()
+        if plan.rewind is None and "rewind" in needs:
+            raise InputError(f"model {model.name!r} rewinds; say rewind = EPOCH for this size.")
+    if plan.proxy is not None:
+        _, proxy = bench.data("proxy")
+        if proxy.forget.equal(split.forget):
+            raise InputError("the proxy is the forget set that is reported; choose another.")
+    check_output(bench.store / "model", force=True)
+
+
 def _prepare(console: Run, bench: Bench, seeds: int | None) -> None:
     """Check the output folder: new, empty, or of the same recipe and size."""
     out, mark = bench.out, bench.out / "bench.json"
@@ -160,7 +183,9 @@ def _prepare(console: Run, bench: Bench, seeds: int | None) -> None:
         try:
             theirs = json.loads(mark.read_text())
         except ValueError:
-            theirs = {}
+            theirs = None
+        if not isinstance(theirs, dict):
+            raise OutputError(f"{mark} is damaged; delete it to go on, or give another folder.")
         if {k: theirs.get(k) for k in mine} != mine:
             raise OutputError(
                 f"{out} holds a bench of {theirs.get('recipe')}, size {theirs.get('size')}; give "

@@ -26,7 +26,7 @@ from efface.auditing.membership import HeldOutAUC, JiaSVC, Margin
 from efface.auditing.utility import ForgottenClass, Utility
 from efface.checkpoint import TrainedModel
 from efface.datasets import triggered_test
-from efface.errors import DivergedError
+from efface.errors import DivergedError, EffaceError
 from efface.files import canonical, digest, write_atomic
 from efface.journal import Journal
 from efface.placement import pick_device
@@ -273,23 +273,25 @@ def kept(bench: Bench, job: Job) -> dict[str, Any] | None:
         value = json.loads(result_path(bench, job).read_text())
     except (OSError, ValueError):
         return None
-    return value if isinstance(value, dict) and "metrics" in value else None
+    keys = {"metrics"} if job.kind == "influence" else {"metrics", "status", "options", "seed"}
+    whole = isinstance(value, dict) and keys <= value.keys() and isinstance(value["metrics"], dict)
+    return value if whole else None
 
 
 def _measured(bench: Bench, job: Job, say: Callable[[str], None]) -> None:
     if kept(bench, job) is not None:
         return
-    _, split = bench.data(job.which)
     row: dict[str, Any] = {"model": job.model, "method": job.method, "seed": job.seed}
     row |= {"options": dict(job.options), "status": "ok", "sentence": ""}
     try:
-        model = _model_of(bench, job, say)
-        row["metrics"] = measure(bench, job, model, split)
-        row |= {"sparsity": model.sparsity, "cost": _cost(model), "settings": _settings(bench, job)}
-    except DivergedError as error:
-        row |= {"metrics": {}, "status": "diverged", "sentence": str(error)}
+        model, split = _model_of(bench, job, say), bench.data(job.which)[1]
+        row |= {"metrics": measure(bench, job, model, split), "settings": _settings(bench, job)}
+        row |= {"sparsity": model.sparsity, "cost": _cost(model)}
+    except EffaceError as error:  # one method that cannot run is no reason to stop the others
+        word = "diverged" if isinstance(error, DivergedError) else "failed"
+        row |= {"metrics": {}, "status": word, "sentence": str(error)}
     if job.kind == "trial" and row["metrics"]:
-        theirs = measure(bench, job, reference(bench, job, say), split)
+        theirs = measure(bench, job, reference(bench, job, say), bench.data(job.which)[1])
         row["gap"] = gap(row["metrics"], theirs, bench.plan.search_metric)
     write_atomic(result_path(bench, job), json.dumps(row, indent=1, allow_nan=False).encode())
 
@@ -384,8 +386,10 @@ _watched = False
 def _end_with(parent: int) -> None:
     """In a worker: end when the bench does, however that ends: nobody is left behind."""
     global _watched
-    if _watched or os.getppid() != parent:
+    if _watched or os.getpid() == parent:
         return
+    if os.getppid() != parent:  # the bench was gone before this worker's first job
+        os._exit(1)
     _watched = True
 
     def watch() -> None:

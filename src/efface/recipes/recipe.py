@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from torch import nn
 
 from efface import networks
 from efface.datasets import Patch, cifar10, digits, load_task, with_trigger, with_wrong_labels
@@ -25,7 +26,10 @@ from efface.sparsify import build_pruner
 from efface.task import Split, Task
 from efface.unlearn import build
 
-Metrics = Literal["ua", "ra", "ta", "mia_efficacy", "mia_auc", "average_gap", "gap_a"]
+METRICS = (
+    *("ua", "ra", "ta", "mia_efficacy", "mia_auc", "margin_forget", "average_gap", "gap_a"),
+    *("forget_class_test_accuracy", "asr", "asr_paper", "probe", "kept_accuracy", "seconds"),
+)
 
 
 class _Part(BaseModel):
@@ -104,10 +108,23 @@ class Source(_Part):
         else:
             task = load_task(self.name)
         if self.network is not None:
-            if not hasattr(networks, self.network):
-                raise InputError(f"there is no network {self.network!r} in efface.networks.")
-            task = replace(task, network=getattr(networks, self.network))
+            task = replace(task, network=_network(self.network))
         return replace(task, fit=changed("the fit", task.fit, self.fit), defaults={})
+
+
+def _network(name: str) -> Any:
+    """A network of efface that can be made without arguments, by its name."""
+    factory = getattr(networks, name, None)
+    try:
+        made = factory() if callable(factory) else None
+    except TypeError:
+        made = None
+    if not isinstance(made, nn.Module):
+        raise InputError(
+            f"efface.networks has no network {name!r} that can be made without arguments; give a "
+            "task of your own as module:attribute."
+        )
+    return factory
 
 
 class Model(_Part):
@@ -141,6 +158,8 @@ class Model(_Part):
     def make_pruner(self) -> Any:
         """The pruner."""
         options = dict(self.pruner or {})
+        if "method" not in options:
+            raise MethodError(f'the pruner of model {self.name!r} names no method = "…"')
         return build_pruner(options.pop("method"), options)
 
 
@@ -159,6 +178,8 @@ class Method(_Part):
 
     @model_validator(mode="after")
     def _buildable(self) -> Method:
+        if any(not values for values in self.search.values()):
+            raise ValueError("search needs at least one value for each option")
         for options in (*self.grid(), *self.models.values()):
             build(self.method, {**self.options, **options})
         return self
@@ -217,6 +238,16 @@ class Size(_Part):
 
     @model_validator(mode="after")
     def _searchable(self) -> Size:
+        names = [model.name for model in self.models]
+        if not names or len(set(names)) < len(names):
+            raise ValueError("models must be one or more, each with a name of its own")
+        taken = {"original", "retrain"} & set(self.methods)
+        if taken:
+            raise ValueError(f"a method cannot be called {taken.pop()!r}: every bench has that row")
+        for name, method in self.methods.items():
+            strange = set(method.models) - set(names)
+            if strange:
+                raise ValueError(f"method {name!r} speaks of a model {strange.pop()!r}")
         searched = [name for name, method in self.methods.items() if method.search]
         if searched and self.proxy is None:
             raise ValueError(f"{', '.join(searched)} search values, but there is no proxy")
@@ -247,6 +278,27 @@ class Recipe(_Part):
     curves: tuple[Curve, ...] = ()
     paper: Mapping[str, Mapping[str, Mapping[str, tuple[float, ...] | float]]] = {}
     size: Mapping[str, Size] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _named(self) -> Recipe:
+        """Claims and curves speak of metrics, models and methods that some size has."""
+        rows = {
+            (model.name, method)
+            for size in self.size.values()
+            for model in size.models
+            for method in ("original", "retrain", *size.methods)
+        }
+        said = [(claim.metric, pair) for claim in self.claims for pair in (claim.less, claim.than)]
+        for metric, pair in said:
+            if pair not in rows:
+                raise ValueError(f"a claim speaks of {' · '.join(pair)}, which no size has")
+            if metric not in METRICS:
+                raise ValueError(f"a claim's metric {metric!r} is unknown")
+        for curve in self.curves:
+            strange = set(curve.methods) - {method for _, method in rows}
+            if strange or curve.metric not in METRICS:
+                raise ValueError(f"a curve speaks of {strange or {curve.metric}}, which is unknown")
+        return self
 
 
 def names() -> list[str]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from efface.errors import MethodError, MismatchError
+from efface.errors import MethodError, MismatchError, listed
 from efface.mask import Mask
 
 Granularity = str
@@ -51,8 +51,10 @@ def select(
     """
     check_granularity(sparsity, granularity)
     absent = [name for name in scope if name not in scores]
-    if absent or not scope:
-        raise MismatchError(f"no weights to prune: scope {list(scope)}, without scores {absent}.")
+    if not scope:
+        raise MismatchError("the scope holds no weights to prune; take scope=all or weights.")
+    if absent:
+        raise MismatchError(f"no scores for {listed(absent)}; score every weight in scope.")
     broken = [name for name in scope if bool(torch.isnan(scores[name]).any())]
     if broken:
         raise MismatchError(f"scores of {broken} hold NaN; the network is broken, load another.")

@@ -162,11 +162,18 @@ def catalogue(name: str | None = None) -> list[dict[str, Any]]:
     """
     if name is None:
         return [_entry(cls) for cls in methods().values()]
-    found = methods() | pruner_classes()
+    found = methods() | {pruner: _class_of(pruner) for pruner in PRUNERS}
     name = ALIASES.get(name, name)
     if name not in found:
         raise MethodError(f"method {name!r} is unknown; {nearest(name, [*found, *ALIASES])}")
-    return [_entry(found[name])]
+    return [_entry(found[name]) | {"name": name}]
+
+
+def _class_of(pruner: str) -> type[Any]:
+    """A pruner's class; that of a criterion's name is the schedule it is mostly used with."""
+    factory: Any = PRUNERS[pruner]
+    cls: type[Any] = getattr(factory, "func", factory)
+    return cls
 
 
 def pruner_classes() -> dict[str, type[Any]]:
