@@ -304,7 +304,7 @@ class _Run:
         if not math.isfinite(value):
             raise DivergedError(
                 f"the loss became {value} in epoch {clock.epoch + 1}, step {clock.step + 1} "
-                f"({self.label}); use a smaller learning rate, cap what is climbed, or mend data."
+                f"({self.label}); use a lower learning rate or cap, or look for NaN in the data."
             )
         loss.backward()  # type: ignore[no-untyped-call]
         for constraint in fit.constraints:
