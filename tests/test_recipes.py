@@ -447,6 +447,15 @@ def test_curves_run_over_sparsity() -> None:
     assert drawn["groups"][0]["paper"] == [{"x": 0.0, "y": (22.5, 8.2)}]
 
 
+def test_ways_of_pruning_are_lines_of_their_own() -> None:
+    curve = '[[curves]]\nmetric = "ua"\nmethods = ["ft"]\n'
+    recipe = parse(MINI.replace("[paper.dense.retrain]", f"{curve}[paper.dense.retrain]"), "mini")
+    rows = [row(m, "ft", 0, ua=0.1) for m in ("dense", "omp-50", "omp-90", "imp-90")]
+    (drawn,) = curves(recipe, rows)
+    lines = {g["label"]: [p["model"] for p in g["points"]] for g in drawn["groups"]}
+    assert lines == {"omp, ft": ["dense", "omp-50", "omp-90"], "imp, ft": ["dense", "imp-90"]}
+
+
 # -- transfer ---------------------------------------------------------------------------------
 
 

@@ -158,25 +158,42 @@ def _judged(claim: Claim, table: Table) -> dict[str, Any]:
 
 
 def curves(recipe: Recipe, rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Metrics against sparsity, a line for each method, points with intervals over seeds."""
+    """Metrics against sparsity: a line for each method and way of pruning, with intervals.
+
+    A way of pruning is what is left of a model's name without its sparsity (``omp`` of ``omp-95``);
+    every line begins at the dense model.
+    """
     table = Table(rows)
+    models = list(dict.fromkeys(model for model, _ in table.pairs))
+    ways: dict[str, list[str]] = {}
+    for model in models:
+        way, _, percent = model.rpartition("-")
+        if percent.replace(".", "").isdigit():
+            ways.setdefault(way, [m for m in models if m == "dense"]).append(model)
+    ways = ways or {"": models}
     drawn = []
     for curve in recipe.curves:
         groups = []
-        for method in curve.methods:
-            points = []
-            for model in dict.fromkeys(model for model, _ in table.pairs):
-                found = table.of(model, method)
-                values = table.values(model, method, curve.metric)
-                if values:
-                    at = float(np.mean([row["sparsity"] for row in found.values()]))
-                    points.append({"x": at, "model": model, **spread(list(values.values()))})
-            points.sort(key=lambda p: p["x"])
-            paper = [
-                {"x": p["x"], "y": recipe.paper[p["model"]][method][curve.metric]}
-                for p in points
-                if curve.metric in recipe.paper.get(p["model"], {}).get(method, {})
-            ]
-            groups.append({"label": method, "points": points, "paper": paper})
+        for way, members in ways.items():
+            for method in curve.methods:
+                label = f"{way}, {method}" if len(ways) > 1 else method
+                groups.append(
+                    _line(recipe, table, members, method, curve.metric) | {"label": label}
+                )
         drawn.append({"metric": curve.metric, "groups": groups})
     return drawn
+
+
+def _line(
+    recipe: Recipe, table: Table, models: Sequence[str], method: str, metric: str
+) -> dict[str, Any]:
+    points = []
+    for model in models:
+        found, values = table.of(model, method), table.values(model, method, metric)
+        if values:
+            at = float(np.mean([row["sparsity"] for row in found.values()]))
+            points.append({"x": at, "model": model, **spread(list(values.values()))})
+    points.sort(key=lambda p: p["x"])
+    published = {m: recipe.paper.get(m, {}).get(method, {}).get(metric) for m in models}
+    paper = [{"x": p["x"], "y": published[p["model"]]} for p in points if published[p["model"]]]
+    return {"points": points, "paper": paper}

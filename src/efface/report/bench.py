@@ -166,11 +166,13 @@ def _dots(entries: Sequence[Mapping[str, Any]], kind: str, text: str) -> dict[st
 def _curve(curve: Mapping[str, Any], index: int) -> dict[str, Any]:
     how = metric(curve["metric"])
     groups = [group for group in curve["groups"] if group["points"]]
-    free = iter((1, 3, 4) * len(groups))  # the colours that no special role has
+    special = any(g["label"] in ("original", "retrain") for g in groups)
+    free = iter(((1, 3, 4) if special else (0, 1, 2, 3, 4)) * len(groups))
     places = [plots.role(g["label"], next(free)) for g in groups]
-    label = f"{how.short or how.label}, %"
+    name = _NAMES.get(curve["metric"]) or how.short or how.label
+    label = f"{name}, {'points' if curve['metric'] in ('average_gap', 'gap_a') else '%'}"
     return {
-        "title": how.label,
+        "title": how.label if how.short else name.capitalize(),
         "svg": plots.against(groups, places, "weights removed, %", label, f"curve{index}"),
         "legend": [
             {"label": g["label"], "place": place} for g, place in zip(groups, places, strict=True)
