@@ -20,6 +20,7 @@ from efface.errors import InputError, OutputError
 from efface.recipes import recipe as recipes
 from efface.recipes.bench import at_edge, run_bench, with_seeds
 from efface.recipes.jobs import Bench, Job, gap, original_key, reference_key
+from efface.recipes.probe import Spent
 from efface.recipes.recipe import Claim, parse
 from efface.recipes.store import TRAINING, Store, code_digest
 from efface.recipes.summary import curves, judge, spread, summarise
@@ -445,6 +446,16 @@ def test_curves_run_over_sparsity() -> None:
     assert [p["x"] for p in drawn["groups"][0]["points"]] == [0.0, 0.9]
     assert [p["mean"] for p in drawn["groups"][0]["points"]] == [0.2, 0.4]
     assert drawn["groups"][0]["paper"] == [{"x": 0.0, "y": (22.5, 8.2)}]
+
+
+def test_the_time_of_killed_runs_is_counted(tmp_path: Path) -> None:
+    path = tmp_path / "seconds.json"
+    path.write_text("100.0")  # as a run that was killed left it
+    spent = Spent(path)
+    assert 100 <= spent.read()["wall"] < 110
+    assert 100 <= Spent(path).earlier < 110
+    path.write_text("nonsense")
+    assert Spent(path).earlier == 0.0
 
 
 def test_ways_of_pruning_are_lines_of_their_own() -> None:

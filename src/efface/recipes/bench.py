@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from efface.console import Run
-from efface.cost import Stopwatch, versions
+from efface.cost import versions
 from efface.errors import EffaceError, InputError, OutputError, nearest
 from efface.files import canonical, check_output, digest, write_atomic
 from efface.placement import pick_device
 from efface.recipes import recipe as recipes
 from efface.recipes.jobs import Bench, Job, Which, kept, original_key, reference_key, run
-from efface.recipes.probe import seconds_per_image
+from efface.recipes.probe import Spent, seconds_per_image
 from efface.recipes.recipe import Size
 from efface.recipes.summary import curves, judge, spread, summarise
 from efface.recipes.tables import tables
@@ -68,15 +68,15 @@ def run_bench(
     plan = with_seeds(bench.plan, seeds)
     check_plan(bench, plan)
     _prepare(console, bench, seeds)
-    watch = Stopwatch()
-    stages = Stages(console, bench, plan, workers)
+    spent = Spent(out / "seconds.json")
+    stages = Stages(console, bench, plan, workers, spent)
     with console.progress() as progress:
         rows, search = stages.all(progress)
     document = _document(bench, plan, stages, rows, search)
     document |= {
         "command": _command(name, size, seeds, console.seed),
         "environment": environment(workers),
-        "cost": _cost(out, watch),
+        "cost": spent.read(),
     }
     write_atomic(out / "report.html", bench_page(document).encode())
     whole = json.dumps(document, indent=1, sort_keys=True, allow_nan=False) + "\n"
@@ -195,18 +195,6 @@ def _prepare(console: Run, bench: Bench, seeds: int | None) -> None:
     write_atomic(mark, canonical({**mine, "seeds": seeds}).encode())
 
 
-def _cost(out: Path, watch: Stopwatch) -> dict[str, Any]:
-    """Wall seconds of this run and of those before it that were stopped."""
-    cost = watch.read()
-    before = out / "seconds.json"
-    try:
-        earlier = float(json.loads(before.read_text()))
-    except (OSError, ValueError, TypeError):
-        earlier = 0.0
-    write_atomic(before, canonical(cost["wall"] + earlier).encode())
-    return cost | {"wall": cost["wall"] + earlier}
-
-
 class Stages:
     """The jobs of a bench in the order of what they need.
 
@@ -215,10 +203,12 @@ class Stages:
         bench: What is run.
         plan: The size, with the seeds that are asked for.
         workers: Processes.
+        spent: Read after every job, which writes down what has been spent.
     """
 
-    def __init__(self, console: Run, bench: Bench, plan: Size, workers: int) -> None:
-        self.console, self.bench, self.plan, self.workers = console, bench, plan, workers
+    def __init__(self, console: Run, bench: Bench, plan: Size, workers: int, spent: Spent) -> None:
+        self.console, self.bench, self.plan = console, bench, plan
+        self.workers, self.spent = workers, spent
         self.task, _ = bench.data("forget")
         self.records = len(self.task.records)
         self.training = float(self.task.fit.epochs * self.records)
@@ -262,7 +252,7 @@ class Stages:
         return value
 
     def _estimate(self, images: float) -> None:
-        seconds = images * seconds_per_image(self.task) / self.workers
+        seconds = images * seconds_per_image(self.task, self.bench.device) / self.workers
         if seconds > 60:
             self.console.say(
                 f"this will take about {seconds / 60:.0f} minutes on {self.workers} processes, "
@@ -388,8 +378,10 @@ class Stages:
             return
         from joblib import Parallel, delayed
 
+        waiting.sort(key=lambda job: -job.weight)
         pool = Parallel(self.workers, backend="loky", return_as="generator_unordered")
         for job, said in pool(delayed(run)(self.bench, job) for job in waiting):
+            self.spent.read()
             for sentence in said:
                 self.console.say(sentence)
             yield job

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ def code_digest(parts: tuple[str, ...]) -> str:
     return total.hexdigest()[:16]
 
 
+@lru_cache(maxsize=64)
 def identity(task: Task, seed: int) -> dict[str, Any]:
     """What a model trained on a task from a seed depends on, without saying whose data it is."""
     fresh = Fit(task, seed).fresh()

@@ -8,14 +8,10 @@ from typing import Any
 import numpy as np
 
 from efface.recipes.jobs import GAPS, gap
-from efface.recipes.recipe import Claim, Recipe
+from efface.recipes.recipe import MEASURED, Claim, Recipe
 from efface.stats import mean_interval
 
 Row = Mapping[str, Any]
-METRICS = (
-    *("ua", "ra", "ta", "mia_efficacy", "mia_auc", "margin_forget"),
-    *("forget_class_test_accuracy", "asr", "asr_paper", "probe", "kept_accuracy"),
-)
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
@@ -64,7 +60,7 @@ class Table:
 
     def reference(self, model: str) -> dict[str, Any]:
         """The mean of the retrained models of a model, in the form of a row's metrics."""
-        values = {name: list(self.values(model, "retrain", name).values()) for name in METRICS}
+        values = {name: list(self.values(model, "retrain", name).values()) for name in MEASURED}
         return {n: {"value": float(np.mean(v))} for n, v in values.items() if v}
 
 
@@ -83,7 +79,7 @@ def _entry(recipe: Recipe, table: Table, model: str, method: str) -> dict[str, A
     paper = recipe.paper.get(model, {}).get(method, {})
     theirs = recipe.paper.get(model, {}).get("retrain", {})
     metrics: dict[str, Any] = {}
-    for name in METRICS:
+    for name in MEASURED:
         values = list(table.values(model, method, name).values())
         if not values:
             continue
@@ -100,7 +96,6 @@ def _entry(recipe: Recipe, table: Table, model: str, method: str) -> dict[str, A
         "model": model,
         "method": method,
         "n": len(found),
-        "failed": None,
         "sparsity": spread([row["sparsity"] for row in found.values()])["mean"],
         "metrics": metrics,
         "seconds": seconds,
