@@ -112,7 +112,9 @@ def _check_end(lab: Path, expected: str, words: str) -> None:
 )
 def test_killed_in_the_middle(lab: Path, name: str, kind: signal.Signals) -> None:
     words = COMMANDS[name]
-    expected, before = _expected(lab, words), snapshot(lab)
+    expected = _expected(lab, words)
+    write_task(lab, SLOW.format(0.05))  # so slow that the signal comes before the end, surely
+    before = snapshot(lab)
     process = _start(words)
     _wait_for(lab / "x.st.partial/fit-0000.safetensors", process)
     time.sleep(0.1)
