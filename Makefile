@@ -31,18 +31,22 @@ demo-cifar10: setup ## the same on 20,000 CIFAR-10 images, half an hour on two c
 # The papers' experiments; a stopped run goes on. Models are kept in recipes/cache until `make clean`.
 RUN = $(BIN)/efface bench $(1) --size $(2) --cache recipes/cache --out recipes/$(1)-$(2) --force
 
-recipes-digits: setup ## the papers' experiments on the digits, a quarter of an hour on two cores
+recipes-digits: setup ## the papers' experiments on the digits, an hour on two cores
 	$(call RUN,jia2023-classwise,digits)
 	$(call RUN,jia2023-random10,digits)
 	$(call RUN,jia2023-trojan,digits)
 	$(call RUN,jia2023-transfer,digits)
 	$(call RUN,pruners,digits)
+	$(call RUN,unprune,digits)
+	$(call RUN,unprune-ablation,digits)
+	$(call RUN,unprune-mia-stability,digits)
 
-recipes-cifar10: setup ## the same on 10,000 CIFAR-10 images, two hours on two cores
+recipes-cifar10: setup ## the same on 10,000 CIFAR-10 images, four hours on two cores
 	$(call RUN,jia2023-classwise,cifar10-small)
 	$(call RUN,jia2023-random10,cifar10-small)
 	$(call RUN,jia2023-trojan,cifar10-small)
 	$(call RUN,jia2023-transfer,cifar10-small)
+	$(call RUN,unprune,cifar10-small)
 
 test: setup      ## all tests but the slow ones
 	$(BIN)/python -m pytest

@@ -28,6 +28,9 @@ NAMES = (
     "audit",
     "curvature",
     "scaling",
+    "compact",
+    "unprune",
+    "topology",
     "reference",
 )
 

@@ -49,7 +49,11 @@ FORGET = "forget mine:task --model m.st --class 1 --method prune-first "
 FORGET += "--set inner.method=neggrad-plus --set inner.epochs=4 --out x.st --force --json"
 REPRUNED = "retrain mine:task --class 1 --model p.st --like repruned --out x.st --force --json"
 IMP = "prune mine:task --model r.st --method imp --sparsity 0.5 --out x.st --force --json"
-COMMANDS = {"train": TRAIN, "forget": FORGET, "repruned": REPRUNED, "imp": IMP}
+SFP = (
+    "prune mine:task --model m.st --method sfp --sparsity 0.5 --set epochs=6 --set recovery=3 "
+    "--out x.st --force --json"
+)
+COMMANDS = {"train": TRAIN, "forget": FORGET, "repruned": REPRUNED, "imp": IMP, "sfp": SFP}
 
 
 @pytest.fixture
@@ -113,7 +117,7 @@ def _check_end(lab: Path, expected: str, words: str) -> None:
 def test_killed_in_the_middle(lab: Path, name: str, kind: signal.Signals) -> None:
     words = COMMANDS[name]
     expected = _expected(lab, words)
-    write_task(lab, SLOW.format(0.05))  # so slow that the signal comes before the end, surely
+    write_task(lab, SLOW.format(0.15))  # so slow that the signal comes before the end, surely
     before = snapshot(lab)
     process = _start(words)
     _wait_for(lab / "x.st.partial/fit-0000.safetensors", process)

@@ -413,7 +413,9 @@ def test_an_audit_takes_a_repruned_reference(
 ) -> None:
     model = efface.prune(early, OMP(0.5))
     after = efface.forget(model, split, "finetune")
-    reference = efface.retrain(early.task, split, model=model, like="repruned", seed=3)
+    reference = efface.retrain(
+        early.task, split, model=model, like="repruned", initial="model", seed=3
+    )
     assert efface.audit(model, after, split, [reference])["mask_iou"]["value"] < 1
 
 

@@ -24,13 +24,14 @@ _PLACES = {
     "Split": "task",
     "Stream": "data",
     "Task": "task",
-    "TrainedModel": "checkpoint",
+    "TrainedModel": "trained",
     "adopt": "verbs",
     "audit": "verbs",
+    "compact": "sparsify",
     "forget": "verbs",
     "load": "checkpoint",
     "prune": "verbs",
-    "retrain": "verbs",
+    "retrain": "retraining",
     "train": "verbs",
 }
 _ROOMS = ("auditing", "datasets", "errors", "networks", "sparsify", "stats", "unlearn")
@@ -48,6 +49,7 @@ __all__ = [
     "adopt",
     "audit",
     "auditing",
+    "compact",
     "datasets",
     "errors",
     "forget",
@@ -63,14 +65,17 @@ __all__ = [
 
 if TYPE_CHECKING:
     from efface import auditing, datasets, errors, networks, sparsify, stats, unlearn
-    from efface.checkpoint import TrainedModel, load
+    from efface.checkpoint import load
     from efface.data import Stream
     from efface.errors import EffaceError
     from efface.fitting import Fit
     from efface.mask import Mask
     from efface.report import AuditResult
+    from efface.retraining import retrain
+    from efface.sparsify import compact
     from efface.task import Settings, Split, Task
-    from efface.verbs import adopt, audit, forget, prune, retrain, train
+    from efface.trained import TrainedModel
+    from efface.verbs import adopt, audit, forget, prune, train
 
 
 def __getattr__(name: str) -> Any:

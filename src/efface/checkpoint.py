@@ -1,190 +1,35 @@
-"""TrainedModel ⇄ one safetensors file: weights, mask, lineage, and what was forgotten."""
+"""Model files: reading a TrainedModel back, every digest checked; what a file says of itself."""
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import json
 import struct
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_bytes
-from safetensors.torch import save as save_bytes
 from torch import Tensor, nn
 
 from efface.errors import CheckpointError, MismatchError, listed
-from efface.files import canonical, check_output, digest, write_atomic
+from efface.files import digest
 from efface.lineage import Forgotten, Step
-from efface.mask import Mask, pack, unpack
+from efface.mask import Mask, unpack
+from efface.shapes import described, from_metadata
 from efface.task import Task
+from efface.trained import KEPT, SCHEMA, TrainedModel, blank_network, weights_digest
 
-SCHEMA = "efface.model/1"
-
-
-class TrainedModel:
-    """A network and what training left behind that an unlearner may need.
-
-    Args:
-        task: The task that it was trained on.
-        network: The network; its pruned weights are zeroed at once.
-        mask: Which weights are kept, or None for a dense model.
-        initial: How its initial weights can be had again: ``{"seed", "digest"}``.
-        rewind: Early weights (state dict), where training kept them.
-        lineage: What was done to it, oldest first.
-        forgotten: What it was made to forget.
-    """
-
-    def __init__(
-        self,
-        task: Task,
-        network: nn.Module,
-        *,
-        mask: Mask | None = None,
-        initial: Mapping[str, Any] | None = None,
-        rewind: Mapping[str, Tensor] | None = None,
-        lineage: tuple[Step, ...] = (),
-        forgotten: Forgotten | None = None,
-    ) -> None:
-        self.task = task
-        self.network = network
-        self.initial = initial
-        self.rewind = rewind
-        self.lineage = lineage
-        self.forgotten = forgotten or Forgotten()
-        self._mask: Mask | None = None
-        self.set_mask(mask)
-
-    @property
-    def mask(self) -> Mask | None:
-        """Which weights are kept; change it with :meth:`set_mask`."""
-        return self._mask
-
-    def set_mask(self, mask: Mask | None) -> None:
-        """Install a mask: weights that it drops become exactly zero.
-
-        A running fit sees the change at its next step, and clears the optimiser's state there.
-
-        Raises:
-            MismatchError: If the mask is of another network.
-        """
-        if mask is not None:
-            mask.check(self.network)
-            mask.apply_(dict(self.network.named_parameters()))
-        self._mask = mask
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the weights and buffers."""
-        return weights_digest(self.network.state_dict())
-
-    @property
-    def sparsity(self) -> float:
-        """Of the mask; 0 for a dense model."""
-        return self._mask.sparsity if self._mask else 0.0
-
-    def trained_by(self) -> Step | None:
-        """The step that trained it from scratch, or None for an adopted model."""
-        return next((s for s in self.lineage if s.verb in {"train", "retrain"}), None)
-
-    def copy(self) -> TrainedModel:
-        """A deep copy of the network; the rest is immutable and shared."""
-        return TrainedModel(
-            self.task,
-            copy.deepcopy(self.network),
-            mask=self._mask,
-            initial=self.initial,
-            rewind=self.rewind,
-            lineage=self.lineage,
-            forgotten=self.forgotten,
-        )
-
-    def save(self, path: str | Path, *, force: bool = False) -> Path:
-        """Write one ``.safetensors`` file, whole or not at all.
-
-        Raises:
-            OutputError: If the file exists and ``force`` is not given.
-            WriteError: If it cannot be written.
-        """
-        path = Path(path)
-        check_output(path, force)
-        write_atomic(path, self.to_bytes())
-        return path
-
-    def to_bytes(self) -> bytes:
-        """The bytes of the model file."""
-        network = {n: t.detach().cpu().contiguous() for n, t in self.network.state_dict().items()}
-        prefix = _prefix(network)
-        extra = {f"{prefix}mask.{n}": pack(t) for n, t in (self._mask or {}).items()}
-        extra |= {f"{prefix}rewind.{n}": t.contiguous() for n, t in (self.rewind or {}).items()}
-        # clone: tied weights share memory, which the format does not allow
-        tensors = {name: t.clone() for name, t in (network | extra).items()}
-        return sorted_header(save_bytes(tensors, self._metadata(prefix)))
-
-    def _metadata(self, prefix: str) -> dict[str, str]:
-        last = self.lineage[-1] if self.lineage else None
-        shapes = {n: list(t.shape) for n, t in (self._mask or {}).items()}
-        metadata = {
-            "schema": SCHEMA,
-            "prefix": prefix,
-            "task": self.task.name,
-            "run_id": digest([asdict(step) for step in self.lineage])[:12],
-            "weights_digest": self.digest,
-            "mask_digest": self._mask.digest if self._mask else "",
-            "mask_shapes": canonical(shapes),
-            "rewind_digest": weights_digest(self.rewind) if self.rewind else "",
-            "parent_digest": (last.parent or "") if last else "",
-            "method": canonical(last.method if last else None),
-            "settings": canonical(last.settings if last else None),
-            "seeds": canonical({f"{i}:{s.verb}": s.seed for i, s in enumerate(self.lineage)}),
-            "versions": canonical(last.versions if last else {}),
-            "cost": canonical(last.cost if last else {}),
-            "initial": canonical(self.initial),
-            "lineage": canonical([asdict(step) for step in self.lineage]),
-            "forgotten": canonical(asdict(self.forgotten)),
-        }
-        return metadata | {"metadata_digest": digest(metadata)}
-
-
-def sorted_header(data: bytes) -> bytes:
-    """The same safetensors file with its header in the order of names: equal models, equal bytes.
-
-    The format's own writer puts metadata in an order that changes from run to run.
-    """
-    (length,) = struct.unpack("<Q", data[:8])
-    header = json.dumps(json.loads(data[8 : 8 + length]), sort_keys=True, separators=(",", ":"))
-    text = header.encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text + data[8 + length :]
-
-
-def _prefix(network: Mapping[str, Tensor]) -> str:
-    """Nothing, or a dot where the user's network has a part called mask or rewind.
-
-    No name in a state dict begins with a dot, so the dotted name space cannot collide.
-    """
-    owned = {name.split(".")[0] for name in network}
-    return "." if owned & {"mask", "initial", "rewind"} else ""
-
-
-def weights_digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and contiguous bytes, in the order of names."""
-    total = hashlib.sha256()
-    for name in sorted(tensors):
-        t = tensors[name].detach().cpu().contiguous()
-        total.update(f"{name}{t.dtype}{tuple(t.shape)}".encode())
-        total.update(t.reshape(-1).view(torch.uint8).numpy().tobytes() if t.numel() else b"")
-    return total.hexdigest()
-
-
-def blank_network(task: Task) -> nn.Module:
-    """A network of the task to load weights into; the global random state is kept."""
-    with torch.random.fork_rng(devices=[]):
-        return task.network()
+__all__ = [
+    "TrainedModel",
+    "blank_network",
+    "check_data",
+    "describe_file",
+    "load",
+    "load_weights",
+    "read_file",
+    "weights_digest",
+]
 
 
 def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -246,20 +91,25 @@ def load(path: str | Path, task: Task) -> TrainedModel:
         raise CheckpointError(f"{path}: its metadata is damaged; restore the file from a copy.")
     prefix = metadata["prefix"]
     mask = _take_mask(path, tensors, metadata, prefix)
-    rewind = _take(tensors, f"{prefix}rewind.")
+    kept = {kind: _take(tensors, f"{prefix}{kind}.") for kind in KEPT}
     _check_digest(path, "weights", weights_digest(tensors), metadata["weights_digest"])
     _check_digest(path, "mask", mask.digest if mask else "", metadata["mask_digest"])
-    _check_digest(
-        path, "rewind", weights_digest(rewind) if rewind else "", metadata["rewind_digest"]
-    )
-    network = blank_network(task)
+    for kind, weights in kept.items():
+        _check_digest(path, f"{kind} weights", *_digests(kind, weights, metadata))
+    try:
+        task = from_metadata(task, metadata)
+        network = blank_network(task)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
     load_weights(network, tensors, str(path))
     model = TrainedModel(
         task,
         network,
         mask=mask,
         initial=json.loads(metadata["initial"]),
-        rewind=rewind or None,
+        initial_weights=kept["initial"] or None,
+        rewind=kept["rewind"] or None,
+        dense=kept["dense"] or None,
         lineage=tuple(Step(**step) for step in json.loads(metadata["lineage"])),
         forgotten=_forgotten(json.loads(metadata["forgotten"])),
     )
@@ -274,6 +124,13 @@ def _forgotten(value: dict[str, Any]) -> Forgotten:
 def _take(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     names = [name for name in tensors if name.startswith(prefix)]
     return {name[len(prefix) :]: tensors.pop(name) for name in names}
+
+
+def _digests(
+    kind: str, weights: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> tuple[str, str]:
+    """The digest of some kept weights, and the one that was written with them."""
+    return weights_digest(weights) if weights else "", metadata.get(f"{kind}_digest", "")
 
 
 def _take_mask(
@@ -355,24 +212,26 @@ def describe_file(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: its metadata is damaged; restore the file from a copy.")
     prefix = metadata["prefix"]
     mask = _take_mask(path, tensors, metadata, prefix)
-    rewind = _take(tensors, f"{prefix}rewind.")
+    kept = {kind: _take(tensors, f"{prefix}{kind}.") for kind in KEPT}
     lineage = json.loads(metadata["lineage"])
     forgotten = json.loads(metadata["forgotten"])
     intact = (
         weights_digest(tensors) == metadata["weights_digest"]
-        and (weights_digest(rewind) if rewind else "") == metadata["rewind_digest"]
         and (mask.digest if mask else "") == metadata["mask_digest"]
+        and all(len({*_digests(kind, weights, metadata)}) == 1 for kind, weights in kept.items())
     )
     return {
         "task": metadata["task"],
         "run_id": metadata["run_id"],
         "bytes": Path(path).stat().st_size,
         "parameters": sum(t.numel() for t in tensors.values()),
+        "kept": [kind for kind, weights in kept.items() if weights],
         "weights_digest": metadata["weights_digest"],
         "mask_digest": metadata["mask_digest"],
         "intact": intact,
         "sparsity": mask.sparsity if mask else 0.0,
         "layers": mask.layers() if mask else [],
+        "compacted": described(metadata, tensors),
         "forgotten": len(forgotten["tags"]),
         "requests": len(forgotten["requests"]),
         "lineage": [

@@ -77,15 +77,24 @@ def train(
     task: TaskName,
     out: Out,
     rewind: Annotated[int | None, typer.Option(help="Keep the weights after this epoch.")] = None,
+    keep_initial: Annotated[
+        bool, typer.Option("--keep-initial", help="Keep the initial weights, not only their seed.")
+    ] = False,
+    initial: Annotated[
+        Path | None, typer.Option(metavar="MODEL", help="Begin with this model's initial weights.")
+    ] = None,
     sets: Sets = None,
 ) -> None:
     """Train a model on all of a task's training records."""
     from efface import verbs
+    from efface.checkpoint import load
 
     def work(made: Task, common: dict[str, Any]) -> TrainedModel:
-        return verbs.train(made, rewind=rewind, **common)
+        first = load(initial, made) if initial else None
+        return verbs.train(made, rewind=rewind, keep_initial=keep_initial, initial=first, **common)
 
-    make(run, out, (task, sets), {"verb": "train", "task": task, "rewind": rewind}, work)
+    key = {"verb": "train", "task": task, "rewind": rewind, "initial": digest_of(initial)}
+    make(run, out, (task, sets), key, work)
 
 
 @command
@@ -94,13 +103,18 @@ def adopt(
     task: TaskName,
     weights: Annotated[Path, typer.Option("--weights", metavar="FILE.safetensors")],
     out: Out,
+    initial: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.safetensors", help="The weights that its training began with."),
+    ] = None,
 ) -> None:
     """Take in a model that was trained elsewhere."""
     from efface import verbs
     from efface.checkpoint import read_file
 
     def work(made: Task, common: dict[str, Any]) -> TrainedModel:
-        return verbs.adopt(made, read_file(weights)[0], name=str(weights))
+        first = read_file(initial)[0] if initial else None
+        return verbs.adopt(made, read_file(weights)[0], initial=first, name=str(weights))
 
     make(run, out, (task, None), {"verb": "adopt"}, work)
 
@@ -118,6 +132,9 @@ def prune(
     allow_dead_layers: Annotated[
         bool, typer.Option("--allow-dead-layers", help="Only warn of layers without weights.")
     ] = False,
+    keep_dense: Annotated[
+        bool, typer.Option("--keep-dense", help="Keep the weights from before with the model.")
+    ] = False,
     sets: Sets = None,
 ) -> None:
     """Prune a model and train it under the mask."""
@@ -133,7 +150,7 @@ def prune(
     key = {"verb": "prune", "task": task, "model": digest_of(model), "pruner": repr(pruner)}
 
     def work(made: Task, common: dict[str, Any]) -> TrainedModel:
-        return verbs.prune(load(model, made), pruner, **common)
+        return verbs.prune(load(model, made), pruner, keep_dense=keep_dense, **common)
 
     make(run, out, (task, None), key, work)
 
@@ -180,6 +197,9 @@ def retrain(
     out: Out,
     model: Annotated[Path | None, typer.Option("--model", metavar="MODEL")] = None,
     like: Annotated[str, typer.Option(help="dense, same-mask, rewound or repruned.")] = "dense",
+    initial: Annotated[
+        str, typer.Option(help="Begin with weights of its own, or with those of the model.")
+    ] = "own",
     ids: Ids = None,
     label: Class = None,
     fraction: Random = None,
@@ -195,18 +215,17 @@ def retrain(
     check_selection(select)
     if like not in ("dense", "same-mask", "rewound", "repruned"):
         raise InputError(f"--like {like!r}: must be dense, same-mask, rewound or repruned.")
-    key: dict[str, Any] = {
-        "verb": "retrain",
-        "task": task,
-        "model": digest_of(model),
-        "like": like,
-    }
+    if initial not in ("own", "model"):
+        raise InputError(f"--initial {initial!r}: must be own or model.")
+    key: dict[str, Any] = {"verb": "retrain", "task": task, "model": digest_of(model), "like": like}
+    key["initial"] = initial
     key["select"] = {k: str(v) for k, v in select.items()} | {"file": digest_of(ids)}
 
     def work(made: Task, common: dict[str, Any]) -> TrainedModel:
         loaded = load(model, made) if model else None
         split = get_split(made, select)
-        return verbs.retrain(made, split, model=loaded, like=like, **common)  # type: ignore[arg-type]
+        options: dict[str, Any] = {"model": loaded, "like": like, "initial": initial, **common}
+        return verbs.retrain(made, split, **options)
 
     make(run, out, (task, sets), key, work)
 
@@ -219,6 +238,7 @@ def audit(
     after: Annotated[Path, typer.Option("--after", metavar="MODEL")],
     out: Annotated[Path, typer.Option("--out", metavar="DIR")],
     reference: Annotated[list[Path] | None, typer.Option("--reference", metavar="MODEL")] = None,
+    original: Annotated[list[Path] | None, typer.Option("--original", metavar="MODEL")] = None,
     ids: Ids = None,
     label: Class = None,
     fraction: Random = None,
@@ -250,6 +270,7 @@ def audit(
             models[1],
             split,
             models[2:] if tier != 0 else [],
+            originals=[load(path, made) for path in original or ()],
             reproduce=[this_command(made)],
             progress=progress,
             **options,
@@ -272,6 +293,24 @@ def _check_audit(tier: int | None, reference: list[Path] | None, fail_on: list[s
 
 
 @command
+def compact(
+    run: Run,
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model with dead filters.")],
+    out: Annotated[Path | None, typer.Option("--out", metavar="MODEL")] = None,
+    onnx: Annotated[
+        Path | None, typer.Option("--onnx", metavar="FILE", help="Also as ONNX, verified.")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option("--task", metavar="TASK", help="Else the one that MODEL names.")
+    ] = None,
+) -> None:
+    """Take dead filters out: a smaller network. With --onnx alone, MODEL as it is, as ONNX."""
+    from efface.compacting import run_compact
+
+    run_compact(run, model, out, onnx, task)
+
+
+@command
 def show(
     run: Run, model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model file.")]
 ) -> None:
@@ -291,12 +330,18 @@ def show(
         for s in facts["lineage"]
     ]
     layers = [
-        [x["name"], f"{x['kept']:,}", f"{x['total']:,}", f"{x['sparsity']:.1%}"]
+        [x["name"], f"{x['kept']:,}", f"{x['total']:,}", f"{x['sparsity']:.1%}", filters]
         for x in facts["layers"]
+        for filters in [f"{x['filters_kept']} of {x['filters']}" if x["filters"] else "—"]
     ]
     tables = [run.table("Lineage", ["step", "method", "seed", "took", "parent"], steps)]
     if layers:
-        tables.append(run.table("Pruned", ["weight", "kept", "of", "sparsity"], layers))
+        tables.append(run.table("Pruned", ["weight", "kept", "of", "sparsity", "filters"], layers))
+    if cut := facts["compacted"]:
+        head.append(f"compacted: {cut['after']:,} of {cut['before']:,} values are left")
+        shapes = [[" × ".join(map(str, t[k])) for k in ("before", "after")] for t in cut["tensors"]]
+        cuts = [[t["name"], *both] for t, both in zip(cut["tensors"], shapes, strict=True)]
+        tables.append(run.table("Compacted", ["weight", "was", "is"], cuts))
     run.result(facts, "\n".join([*head, *tables]))
 
 

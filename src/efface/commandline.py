@@ -244,6 +244,11 @@ def make(
     model.save(out, force=run.force)
     journal.clear()
     cost = model.lineage[-1].cost
+    detail = model.lineage[-1].detail
+    assumptions = list(detail.get("assumptions", ()))
+    whole = [
+        f"{layer} is kept whole: {why}." for layer, why in detail.get("kept_whole", {}).items()
+    ]
     facts = {
         "model": str(out),
         "weights_digest": model.digest,
@@ -251,7 +256,12 @@ def make(
         "forgotten": len(model.forgotten.tags),
         "seconds": cost["wall"],
     }
-    run.result(facts, f"{out} written in {cost['wall']:.1f} s ({_summary(model)}).")
+    if assumptions:
+        facts["assumptions"] = assumptions
+    done = f"{out} written in {cost['wall']:.1f} s ({_summary(model)})."
+    if whole:
+        facts["kept_whole"] = detail["kept_whole"]
+    run.result(facts, "\n".join([done, *assumptions, *whole]))
 
 
 def _journal(run: Run, out: Path, key: dict[str, Any], task: Task) -> Journal:

@@ -6,6 +6,7 @@ import hashlib
 import os
 import platform
 import time
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -74,3 +75,28 @@ def versions() -> dict[str, str]:
         "numpy": numpy.__version__,
         "python": platform.python_version(),
     }
+
+
+@dataclass
+class Meter:
+    """What a command has done so far; shared by all handles derived from one fit.
+
+    ``wall_before`` and ``cpu_before`` are seconds that a killed run of the command had spent.
+    """
+
+    images: dict[str, int] = field(default_factory=dict)
+    calls: int = 0
+    wall_before: float = 0.0
+    cpu_before: float = 0.0
+    placement: str = ""
+    fits: list[dict[str, Any]] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, other: Meter) -> None:
+        """Count what another meter counted, as of one further fit for each of its own."""
+        for name, n in other.images.items():
+            self.images[name] = self.images.get(name, 0) + n
+        self.wall_before += other.wall_before
+        self.cpu_before += other.cpu_before
+        self.placement = other.placement or self.placement
+        self.fits += other.fits

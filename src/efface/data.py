@@ -324,6 +324,8 @@ class Stream:
         period: The stream supplies a batch at every ``period``-th step.
         weight: A factor of this stream's loss in :meth:`efface.Fit.descend`.
         targets: Labels ``[N]`` to use instead of the records' own (by position), or ``None``.
+        within: The batches of these positions are planned and keep their places; what is not in
+            ``positions`` is left out of them. ``None`` plans batches of ``positions`` alone.
     """
 
     positions: Tensor
@@ -331,6 +333,7 @@ class Stream:
     period: int = 1
     weight: float = 1.0
     targets: Tensor | None = None
+    within: Tensor | None = None
 
     def __post_init__(self) -> None:
         if len(self.positions) == 0:

@@ -13,12 +13,12 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from efface.checkpoint import TrainedModel
+from efface.cost import Meter
 from efface.data import Batch, Stream
 from efface.errors import DivergedError
 from efface.feeds import Feed
@@ -28,6 +28,7 @@ from efface.placement import Placement, placed, preserved
 from efface.seeds import generator, seed_for, seed_torch
 from efface.steps import like, make_optimizer, rate, recalibrate_bn, train_mode
 from efface.task import Settings, Task
+from efface.trained import TrainedModel
 
 History = list[dict[str, float]]
 Params = Mapping[str, nn.Parameter]
@@ -71,22 +72,6 @@ Hook = Callable[[nn.Module, Clock, History], None]
 
 Progress = Callable[[str, int, int], None]
 """Called after every step with the label, steps done and all steps."""
-
-
-@dataclass
-class Meter:
-    """What a command has done so far; shared by all handles derived from one fit.
-
-    ``wall_before`` and ``cpu_before`` are seconds that a killed run of the command had spent.
-    """
-
-    images: dict[str, int] = field(default_factory=dict)
-    calls: int = 0
-    wall_before: float = 0.0
-    cpu_before: float = 0.0
-    placement: str = ""
-    fits: list[dict[str, Any]] = field(default_factory=list)
-    facts: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -265,9 +250,9 @@ class _Run:
         }
         for _ in range(self.step % self.per_epoch, self.per_epoch):
             due = {
-                name: next(sources[name])
+                name: batch
                 for name, feed in self.feeds.items()
-                if self.step % feed.stream.period == 0
+                if self.step % feed.stream.period == 0 and (batch := next(sources[name]))
             }
             if due:
                 self.total += self._one_step(

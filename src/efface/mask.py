@@ -4,14 +4,44 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from efface.errors import MismatchError
+
+Words = npt.NDArray[np.uint64]
+_WORD = 64
+"""Entries that one unsigned integer holds: masks are compared that many at a time."""
+
+
+class Overlap(NamedTuple):
+    """How many entries two masks keep: both, either, the first, the second; and of how many.
+
+    >>> Overlap(both=2, either=6, own=4, theirs=4, total=8).iou
+    0.3333333333333333
+    """
+
+    both: int
+    either: int
+    own: int
+    theirs: int
+    total: int
+
+    @property
+    def iou(self) -> float:
+        """Intersection over union, 0 to 1 (1 where neither keeps anything)."""
+        return self.both / self.either if self.either else 1.0
+
+    @property
+    def iom(self) -> float:
+        """Intersection over the smaller of the two, 0 to 1 (1 where that one is empty)."""
+        smaller = min(self.own, self.theirs)
+        return self.both / smaller if smaller else 1.0
 
 
 class Mask(Mapping[str, Tensor]):
@@ -33,6 +63,7 @@ class Mask(Mapping[str, Tensor]):
             name: t.detach().to("cpu", torch.bool).contiguous().clone() for name, t in keep.items()
         }
         self._dropped: dict[torch.device, dict[str, Tensor]] = {}
+        self._packed: _Bits | None = None
 
     def __getitem__(self, name: str) -> Tensor:
         return self._keep[name]
@@ -60,7 +91,7 @@ class Mask(Mapping[str, Tensor]):
     @property
     def kept(self) -> int:
         """Entries kept."""
-        return sum(int(t.sum()) for t in self._keep.values())
+        return int(self._bits.counts.sum())
 
     @property
     def sparsity(self) -> float:
@@ -68,13 +99,18 @@ class Mask(Mapping[str, Tensor]):
         return 1 - self.kept / self.total if self.total else 0.0
 
     def layers(self) -> list[dict[str, Any]]:
-        """Per weight: name, kept, total and sparsity."""
+        """Per weight: name, kept, total and sparsity, and how many filters have something left.
+
+        A filter is a row (dimension 0) of a weight with two or more dimensions; others have none.
+        """
         return [
             {
                 "name": name,
                 "kept": int(t.sum()),
                 "total": t.numel(),
                 "sparsity": 1 - int(t.sum()) / t.numel(),
+                "filters": len(t) if t.ndim >= 2 else None,
+                "filters_kept": int(t.flatten(1).any(1).sum()) if t.ndim >= 2 else None,
             }
             for name, t in self._keep.items()
         ]
@@ -113,17 +149,63 @@ class Mask(Mapping[str, Tensor]):
                     f"the network {shapes.get(name, 'no such weight')}."
                 )
 
+    @property
+    def _bits(self) -> _Bits:
+        """The mask packed, made when it is first asked for (a mask never changes)."""
+        if self._packed is None:
+            self._packed = _Bits.of(self._keep)
+        return self._packed
+
+    def overlap(self, other: Mask) -> dict[str, Overlap]:
+        """For every weight, how many entries the two masks keep together, either and each.
+
+        Counted on packed bits, 64 entries at a time; packing happens once for each mask.
+
+        Raises:
+            MismatchError: If the two name other weights.
+
+        >>> first = Mask({"w": torch.tensor([True, True, False, False])})
+        >>> first.overlap(Mask({"w": torch.tensor([True, False, True, False])}))
+        {'w': Overlap(both=1, either=3, own=2, theirs=2, total=4)}
+        """
+        if {n: t.shape for n, t in self.items()} != {n: t.shape for n, t in other.items()}:
+            raise MismatchError("the masks name different weights; compare masks of one scope.")
+        mine, yours = self._bits, other._bits
+        both = mine.tally(mine.words & yours.words)
+        each = zip(
+            mine.names, both.tolist(), mine.counts.tolist(), yours.counts.tolist(), strict=True
+        )
+        found = {
+            name: Overlap(b, m + y - b, m, y, self._keep[name].numel()) for name, b, m, y in each
+        }
+        return {name: found[name] for name in self}
+
+    def overall(self, other: Mask) -> Overlap:
+        """The same over all weights together.
+
+        Raises:
+            MismatchError: If the two name other weights.
+        """
+        parts = self.overlap(other).values()
+        return Overlap(*(sum(column) for column in zip(*parts, strict=True))) if parts else _NOTHING
+
     def iou(self, other: Mask) -> float:
         """Intersection over union of the kept entries (1 for two empty masks).
 
         Raises:
             MismatchError: If the two name other weights.
         """
-        if {n: t.shape for n, t in self.items()} != {n: t.shape for n, t in other.items()}:
-            raise MismatchError("the masks name different weights; compare masks of one scope.")
-        both = sum(int((self[name] & other[name]).sum()) for name in self)
-        either = sum(int((self[name] | other[name]).sum()) for name in self)
-        return both / either if either else 1.0
+        return self.overall(other).iou
+
+    def iom(self, other: Mask) -> float:
+        """Intersection over the smaller number of kept entries (1 where that is none).
+
+        With equal densities IoU = IoM / (2 − IoM).
+
+        Raises:
+            MismatchError: If the two name other weights.
+        """
+        return self.overall(other).iom
 
     @classmethod
     def from_pruned(cls, network: nn.Module) -> Mask | None:
@@ -141,6 +223,37 @@ class Mask(Mapping[str, Tensor]):
             owner, _, leaf = name.rpartition(".")
             prune.custom_from_mask(network.get_submodule(owner), leaf, keep)  # type: ignore[no-untyped-call]
         return network
+
+
+_NOTHING = Overlap(0, 0, 0, 0, 0)
+
+
+class _Bits(NamedTuple):
+    """All of a mask in one array of words: each weight, in the order of names, begins a word."""
+
+    names: list[str]
+    words: Words
+    starts: npt.NDArray[np.intp]
+    counts: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, keep: Mapping[str, Tensor]) -> _Bits:
+        """Pack a mask; what fills up a last word counts as pruned."""
+        names = sorted(name for name in keep)
+        lengths = [-(-keep[name].numel() // _WORD) for name in names]
+        starts = np.cumsum([0, *lengths])
+        packed = np.zeros(int(starts[-1]) * 8, dtype=np.uint8)
+        for name, start in zip(names, starts.tolist(), strict=False):
+            bits = pack(keep[name]).numpy()
+            packed[start * 8 : start * 8 + len(bits)] = bits
+        made = cls(names, packed.view(np.uint64), starts, np.zeros(len(names), dtype=np.int64))
+        return made._replace(counts=made.tally(made.words))
+
+    def tally(self, words: Words) -> npt.NDArray[np.int64]:
+        """How many bits are set, weight by weight."""
+        before = np.concatenate([[0], np.cumsum(np.bitwise_count(words), dtype=np.int64)])
+        found: npt.NDArray[np.int64] = before[self.starts[1:]] - before[self.starts[:-1]]
+        return found
 
 
 def pack(keep: Tensor) -> Tensor:

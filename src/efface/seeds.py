@@ -24,6 +24,11 @@ def seed_for(seed: int, purpose: str, *counters: int) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
+def own_seed(seed: int) -> int:
+    """A retrained model's seed: shares nothing with a model trained under the same number."""
+    return seed_for(seed, "retrain")
+
+
 def generator(seed: int, purpose: str, *counters: int) -> torch.Generator:
     """A CPU generator of its own for a purpose and its counters."""
     return torch.Generator().manual_seed(seed_for(seed, purpose, *counters))

@@ -38,9 +38,9 @@ def make_optimizer(params: Mapping[str, nn.Parameter], settings: Settings) -> to
 
 def rate(settings: Settings, progress: float, steps: int) -> float:
     """The learning rate at a point of the fit, as a fraction of the peak."""
-    if settings.begun:  # in whole steps, so that a resumed schedule meets its steps exactly
+    if settings.begun or settings.ahead:  # in whole steps, to meet those of one fit exactly
         each, done = steps // settings.epochs, round(progress * steps)
-        steps = each * (settings.begun + settings.epochs)
+        steps = each * (settings.begun + settings.epochs + settings.ahead)
         progress = (each * settings.begun + done) / steps
     if progress < settings.warmup:
         return (progress + 1 / steps) / (settings.warmup + 1 / steps)

@@ -35,8 +35,9 @@ class Settings:
         bn: What the fit does to batch-norm statistics: ``"train"`` updates them as usual,
             ``"frozen"`` leaves them alone, ``"recalibrate"`` recomputes them afterwards on the
             first stream. Where a stream has a single record they are left alone in any case.
-        begun: Epochs of the schedule that are behind the fit already: it gets the rates of the last
-            ``epochs`` of ``begun + epochs``.
+        begun: Epochs of the schedule that are behind the fit already.
+        ahead: Epochs of the schedule that come after the fit: it gets the rates of the ``epochs``
+            in the middle of ``begun + epochs + ahead``.
     """
 
     epochs: int = 10
@@ -49,6 +50,7 @@ class Settings:
     warmup: float = 0.0
     bn: Literal["train", "frozen", "recalibrate"] = "train"
     begun: int = 0
+    ahead: int = 0
 
     def __post_init__(self) -> None:
         wrong = {
@@ -59,15 +61,16 @@ class Settings:
             "weight_decay must be 0 or more": not self.weight_decay >= 0,
             "warmup must lie in [0, 1]": not 0 <= self.warmup <= 1,
             "begun must be 0 or more": self.begun < 0,
+            "ahead must be 0 or more": self.ahead < 0,
         }
         for sentence, is_wrong in wrong.items():
             if is_wrong:
                 raise TaskError(f"{sentence}; correct it in the fit settings.")
 
     def to_dict(self) -> dict[str, Any]:
-        """As a JSON value; what is begun from the start, as nearly every fit, does not say so."""
-        values = asdict(self)
-        return values if self.begun else {k: v for k, v in values.items() if k != "begun"}
+        """As a JSON value; a fit that has a schedule of its own, as nearly every one, is silent."""
+        silent = [k for k in ("begun", "ahead") if not getattr(self, k)]
+        return {k: v for k, v in asdict(self).items() if k not in silent}
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

@@ -6,30 +6,28 @@ new model's lineage, with its cost.
 
 from __future__ import annotations
 
-import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from efface import auditing, predict
-from efface.checkpoint import TrainedModel, blank_network, load_weights
-from efface.errors import MethodError, NeedsError, SelectionError, nearest
-from efface.fitting import Progress
+from efface.checkpoint import load_weights
+from efface.errors import MethodError, SelectionError
+from efface.fitting import Fit, Progress
 from efface.journal import Journal
-from efface.lineage import Forgotten
 from efface.mask import Mask
 from efface.placement import pick_device
+from efface.replay import initial_weights
 from efface.report import AuditResult
+from efface.retraining import retrain as retrain
 from efface.signals import margin
-from efface.sparsify import PRUNERS, OneShot, Pruner, build_pruner, rewind_epoch
+from efface.sparsify import OneShot, Pruner, build_pruner
 from efface.task import Split, Task
-from efface.unlearn import PruneFirst, Unlearner, build, check_needs, filled, to_json
+from efface.trained import TrainedModel, blank_network, weights_digest
+from efface.unlearn import Unlearner, build, check_needs, filled, to_json
 from efface.work import How, Work, from_scratch
-
-Like = Literal["dense", "same-mask", "rewound", "repruned"]
 
 
 def train(
@@ -37,6 +35,8 @@ def train(
     *,
     seed: int = 0,
     rewind: int | None = None,
+    keep_initial: bool = False,
+    initial: TrainedModel | None = None,
     device: str = "auto",
     progress: Progress | None = None,
     journal: Journal | None = None,
@@ -47,6 +47,9 @@ def train(
         task: What to train, on what, and how.
         seed: Every random choice derives from it; the same seed gives the same bytes on a CPU.
         rewind: Keep the weights after this many epochs, for rewinding later.
+        keep_initial: Keep the initial weights themselves; otherwise their seed and digest are kept,
+            which cost nothing but need the same network and version of PyTorch.
+        initial: Begin with the initial weights of this model instead of own ones.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
         progress: Called after every step.
         journal: Where to keep the state, so that a killed run goes on.
@@ -67,10 +70,19 @@ def train(
     """
     everyone = torch.arange(len(task.records))
     how = How(device, progress, journal)
-    return from_scratch(task, everyone, "train", seed, how, rewind=rewind)
+    model = from_scratch(task, everyone, "train", seed, how, rewind=rewind, origin=initial)
+    if keep_initial:
+        model.initial_weights = initial_weights(model, Fit(task))
+    return model
 
 
-def adopt(task: Task, weights: Mapping[str, Tensor], *, name: str = "weights") -> TrainedModel:
+def adopt(
+    task: Task,
+    weights: Mapping[str, Tensor],
+    *,
+    initial: Mapping[str, Tensor] | None = None,
+    name: str = "weights",
+) -> TrainedModel:
     """Take in a model that was trained elsewhere.
 
     Masks of ``torch.nn.utils.prune`` (``…_orig`` and ``…_mask`` entries) become the model's mask.
@@ -78,6 +90,7 @@ def adopt(task: Task, weights: Mapping[str, Tensor], *, name: str = "weights") -
     Args:
         task: The task that it belongs to.
         weights: Its state dict.
+        initial: The state dict that its training began with, where it is known.
         name: What errors call it.
 
     Raises:
@@ -94,6 +107,11 @@ def adopt(task: Task, weights: Mapping[str, Tensor], *, name: str = "weights") -
     network = blank_network(task)
     load_weights(network, plain, name)
     model = TrainedModel(task, network, mask=mask)
+    if initial is not None:
+        first = blank_network(task)
+        load_weights(first, initial, "the file of initial weights")
+        model.initial_weights = first.state_dict()
+        model.initial = {"digest": weights_digest(model.initial_weights)}
     return Work(model, "adopt", 0, How("cpu")).close()
 
 
@@ -110,6 +128,7 @@ def prune(
     trained: TrainedModel,
     pruner: Pruner | str | None = None,
     *,
+    keep_dense: bool = False,
     seed: int = 0,
     device: str = "auto",
     progress: Progress | None = None,
@@ -120,6 +139,8 @@ def prune(
     Args:
         trained: Left as it is.
         pruner: A pruner, or its name; one shot at 90 % by default.
+        keep_dense: Keep the weights from before with the sparse model: methods that move the mask
+            can use them. The file becomes that much larger.
         seed: For the recovery.
         device: Where to compute.
         progress: Called after every step.
@@ -139,6 +160,8 @@ def prune(
     """
     pruner = build_pruner(pruner) if isinstance(pruner, str) else pruner or OneShot()
     model = trained.copy()
+    if keep_dense and model.mask is None:
+        model.dense = {n: t.detach().cpu().clone() for n, t in model.network.state_dict().items()}
     work = Work(model, "prune", seed, How(device, progress, journal))
     pruner(model, _remaining(model), work.fit)
     return work.close(to_json(pruner))
@@ -162,8 +185,8 @@ def forget(
 ) -> TrainedModel:
     """Make a copy of a model forget the records of a split.
 
-    What earlier requests removed stays out of D_r. The new model has no rewind weights: they were
-    trained on the forgotten records, too.
+    What earlier requests removed stays out of D_r. The new model has no rewind and no dense
+    weights (they were trained on the forgotten records, too), unless the method made new ones.
 
     Args:
         trained: Left as it is.
@@ -200,100 +223,11 @@ def forget(
     model = trained.copy()
     work = Work(model, "forget", seed, How(device, progress, journal))
     chosen(model, split, work.fit)
-    model.rewind = None  # early weights were trained on what is to be forgotten
+    model.maker = None  # the lineage has it now
+    for kind in ("rewind", "dense"):  # they were trained on what is to be forgotten
+        if getattr(model, kind) is getattr(trained, kind):
+            setattr(model, kind, None)
     return work.close(to_json(chosen), forgotten, split=split.sizes())
-
-
-def retrain(
-    task: Task,
-    split: Split,
-    *,
-    model: TrainedModel | None = None,
-    like: Like = "dense",
-    seed: int = 1,
-    device: str = "auto",
-    progress: Progress | None = None,
-    journal: Journal | None = None,
-) -> TrainedModel:
-    """Train a reference from fresh weights on D_r only.
-
-    Args:
-        task: The task.
-        split: What it must never have seen.
-        model: The model that the reference is for; what it had forgotten before stays out, and its
-            mask, rewind weights or pruner are what ``like`` refers to.
-        like: ``dense``; ``same-mask``: under the model's mask (which D_f has shaped); ``rewound``:
-            the same from its rewind weights; ``repruned``: dense, then pruned as the model was.
-        seed: Another than the model's, so that the two share no randomness.
-        device: Where to compute.
-        progress: Called after every step.
-        journal: Where to keep the state, so that a killed run goes on.
-
-    Raises:
-        NeedsError: If ``like`` asks for what the model does not have.
-
-    Example:
-        >>> import torch, efface
-        >>> x = torch.randn(64, 4); y = (x[:, 0] > 0).long()
-        >>> task = efface.Task(lambda: torch.nn.Linear(4, 2), (x, y), (x, y))
-        >>> split = efface.Split.by_ids(task, [3, 5, 8])
-        >>> reference = efface.retrain(task, split, seed=1)
-        >>> len(reference.forgotten.tags)
-        3
-    """
-    before = model.forgotten if model is not None else Forgotten()
-    earlier = before.positions(task)
-    split = split.without(earlier[~torch.isin(earlier, split.forget)])
-    forgotten = before.adding(split)
-    mask, start = _likeness(model, like)
-    how = How(device, progress, journal)
-    options: dict[str, Any] = {"forgotten": forgotten, "mask": mask, "start": start, "like": like}
-    if like == "repruned" and model is not None and "rewind" in _pruner_of(model).requires:
-        options["rewind"] = rewind_epoch(model)  # it goes back to early weights of its own
-    fresh = from_scratch(task, split.retain, "retrain", seed, how, **options)
-    if like != "repruned":
-        return fresh
-    work = Work(fresh, "prune", seed, replace(how, journal=_later(journal)))
-    pruner = _pruner_of(model)
-    pruner(fresh, split.retain, work.fit)
-    return work.close(to_json(pruner), like=like)
-
-
-def _later(journal: Journal | None) -> Journal | None:
-    """A journal of its own for the second command in one."""
-    return journal and Journal(journal.folder / "prune", {"key": journal.key}, journal.seconds)
-
-
-def _likeness(
-    model: TrainedModel | None, like: Like
-) -> tuple[Mask | None, Mapping[str, Tensor] | None]:
-    if like == "dense":
-        return None, None
-    if like not in typing.get_args(Like):
-        raise MethodError(f"like {like!r} is unknown; {nearest(like, typing.get_args(Like))}")
-    if model is None or model.mask is None:
-        raise NeedsError(f"--like {like} needs a pruned model to be like; give it as --model.")
-    if like == "same-mask":
-        return model.mask, None
-    if like == "repruned":
-        _pruner_of(model)
-        return None, None
-    if model.rewind is None:
-        raise NeedsError("--like rewound needs rewind weights; train with --rewind EPOCH.")
-    return model.mask, model.rewind
-
-
-def _pruner_of(model: TrainedModel | None) -> Pruner:
-    """The pruner that made a model's mask, from its lineage."""
-    done = [dict(s.method) for s in (model.lineage if model else ()) if s.method]
-    steps = [m["pruner"] if m["method"] == PruneFirst.name else m for m in done]
-    steps = [m for m in steps if m["method"] in PRUNERS]
-    if not steps:
-        raise NeedsError(
-            "--like repruned needs a model that efface pruned; none is in its lineage."
-        )
-    options = dict(steps[-1])
-    return build_pruner(options.pop("method"), options)
 
 
 def split_of(before: TrainedModel, after: TrainedModel) -> Split:
@@ -320,6 +254,7 @@ def audit(
     split: Split | None = None,
     references: Sequence[TrainedModel] = (),
     *,
+    originals: Sequence[TrainedModel] = (),
     seed: int = 0,
     device: str = "auto",
     reproduce: Sequence[str] = (),
@@ -334,6 +269,8 @@ def audit(
         after: The model after it.
         split: What was to be forgotten; by default what the lineages say.
         references: Models retrained without D_f; two or more show the noise between retrains.
+        originals: Further models trained with D_f; the test whether a pruned topology gives D_f
+            away compares the two kinds.
         seed: For resampling.
         device: Where to compute.
         reproduce: Commands to print in the report.
@@ -368,6 +305,7 @@ def audit(
         after,
         split.without(earlier),
         tuple(references),
+        tuple(originals),
         device=pick_device(device),
         cache=cache or auditing.Cache(),
     )

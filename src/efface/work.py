@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efface.checkpoint import TrainedModel, blank_network, weights_digest
 from efface.cost import Stopwatch, versions
 from efface.errors import MethodError
 from efface.fitting import Clock, Fit, History, Progress, warm_up
@@ -17,8 +16,11 @@ from efface.journal import Journal, State
 from efface.lineage import Forgotten, Step, data_facts
 from efface.mask import Mask
 from efface.placement import pick_device
+from efface.replay import initial_weights
+from efface.seeds import own_seed
 from efface.task import Task
-from efface.unlearn.retrain import own_seed, train_from
+from efface.trained import TrainedModel, blank_network, weights_digest
+from efface.unlearn.retrain import train_from
 
 
 @dataclass(frozen=True)
@@ -103,9 +105,10 @@ def from_scratch(
     rewind: int | None = None,
     mask: Mask | None = None,
     start: Mapping[str, Tensor] | None = None,
+    origin: TrainedModel | None = None,
     **detail: Any,
 ) -> TrainedModel:
-    """Train from fresh (or given) weights on these records."""
+    """Train from fresh (or given) weights on these records; from those of ``origin``, if there."""
     if rewind is not None and (task.train_fn is not None or not 0 < rewind <= task.fit.epochs):
         raise MethodError(
             f"rewind must be one of the {task.fit.epochs} epochs of efface's own loop, "
@@ -114,7 +117,7 @@ def from_scratch(
     if rewind is not None:
         detail["rewind_epoch"] = rewind
     work = Work(TrainedModel(task, blank_network(task)), verb, seed, how)
-    model = work.model = _fresh_model(work.fit, mask, start)
+    model = work.model = _fresh_model(work.fit, mask, start, origin)
     fit = replace(work.fit, subject=model)
     if rewind:
         fit = fit.with_(hook=Rewind(model, rewind, how.journal))
@@ -125,12 +128,22 @@ def from_scratch(
     return work.close(None, forgotten, **detail)
 
 
-def _fresh_model(fit: Fit, mask: Mask | None, start: Mapping[str, Tensor] | None) -> TrainedModel:
+def _fresh_model(
+    fit: Fit,
+    mask: Mask | None,
+    start: Mapping[str, Tensor] | None,
+    origin: TrainedModel | None,
+) -> TrainedModel:
     network = fit.fresh()
-    initial = {"seed": fit.seed, "digest": weights_digest(network.state_dict())}
     if start is not None:
         network.load_state_dict(dict(start))
-    return TrainedModel(fit.task, network, mask=mask, initial=None if start else initial)
+        return TrainedModel(fit.task, network, mask=mask)
+    kept = None
+    initial: Any = {"seed": fit.seed, "digest": weights_digest(network.state_dict())}
+    if origin is not None:
+        network.load_state_dict(initial_weights(origin, fit))
+        initial, kept = origin.initial, origin.initial_weights
+    return TrainedModel(fit.task, network, mask=mask, initial=initial, initial_weights=kept)
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,18 @@ from __future__ import annotations
 import datetime
 from typing import Any
 
-from efface.auditing.base import Audit, Cache, Finding, Subject, check_subject
-from efface.auditing.distance import MaskIoU, OutputDistance, RunTime, WeightDistance
+from efface.auditing.base import Audit, Cache, Finding, Subject, check_subject, last_step
+from efface.auditing.distance import OutputDistance, RunTime, WeightDistance
+from efface.auditing.mask_trace import MaskMembership, MaskTrace, TraceBetween, TraceRemoved
+from efface.auditing.masks import (
+    MaskCeiling,
+    MaskChance,
+    MaskInitial,
+    MaskOtherInit,
+    MaskOverlap,
+)
 from efface.auditing.membership import HeldOutAUC, JiaSVC, LowFPR, Margin
+from efface.auditing.standing import standing
 from efface.auditing.utility import ForgottenClass, PerClass, Utility
 from efface.auditing.verdict import Verdict, decide
 from efface.checkpoint import TrainedModel
@@ -41,9 +50,17 @@ FIRST_FLOOR: tuple[Audit, ...] = (
     OutputDistance("test"),
     WeightDistance("original"),
     WeightDistance("reference"),
-    MaskIoU("mask_iou"),
-    MaskIoU("mask_iou_chance"),
-    MaskIoU("mask_iou_ceiling"),
+    MaskOverlap("iou"),
+    MaskOverlap("iom"),
+    MaskChance(),
+    MaskInitial(),
+    MaskCeiling(),
+    MaskOtherInit(),
+    MaskTrace(),
+    TraceBetween(),
+    TraceRemoved(),
+    MaskMembership(),
+    MaskMembership(auc=True),
     RunTime("rte_seconds"),
     RunTime("rte_ratio"),
 )
@@ -77,7 +94,7 @@ def _mean(gaps: list[float | None]) -> float | None:
 def describe(subject: Subject, verdict: Verdict, seed: int) -> dict[str, Any]:
     """What was asked, what was done, to which models, at what cost."""
     split, after = subject.split, subject.after
-    last = after.lineage[-1] if after.lineage else None
+    last = last_step(after)
     method = last.method if last and last.verb == "forget" else None
     title = method["method"] if method else "untouched" if after is subject.before else "retrain"
     return {
@@ -88,10 +105,12 @@ def describe(subject: Subject, verdict: Verdict, seed: int) -> dict[str, Any]:
         "asked": f"Forget {len(split.forget)} of {len(split.forget) + len(split.retain)} training "
         f"records: {_words(split.selector)}.",
         "done": _done(subject, title),
+        "assumptions": list(last.detail.get("assumptions", ())) if method and last else [],
         "verdict_sentence": verdict.sentence,
         "before": _model(subject, subject.before),
         "after": _model(subject, after),
         "references": [_model(subject, r) | _kind(r) for r in subject.references],
+        "originals": [_model(subject, o) | _kind(o) for o in subject.originals],
         "cost": {
             "method": _cost(after, last.cost if last else {}) if method else None,
             "retrain": _cost(subject.references[0]) if subject.references else None,
@@ -139,8 +158,8 @@ def _model(subject: Subject, model: TrainedModel) -> dict[str, Any]:
 
 
 def _kind(model: TrainedModel) -> dict[str, Any]:
-    step = model.lineage[-1]
-    return {"like": step.detail.get("like"), "seed": model.lineage[0].seed}
+    step = last_step(model)
+    return {"like": step.detail.get("like") if step else None, "seed": model.lineage[0].seed}
 
 
 def _cost(model: TrainedModel, cost: Any = None) -> dict[str, Any] | None:
@@ -173,11 +192,10 @@ def not_shown(subject: Subject) -> list[str]:
         lines.append(
             "That the retrained models were trained as the original was: it came from elsewhere."
         )
-    if subject.after.mask is not None and any(
-        r.mask == subject.after.mask for r in subject.references
-    ):
+    here = standing(subject)
+    if here is not None and len(here.scored) < 3:
         lines.append(
-            "Forgetting in the pruned topology: the retrained models share a mask that the "
-            "forgotten records helped to shape."
+            "Forgetting in the pruned topology, which the forgotten records helped to shape: that "
+            "takes three retrained models pruned by themselves, from the same initial weights."
         )
     return lines

@@ -17,8 +17,10 @@ from torch import Tensor
 from efface.checkpoint import TrainedModel
 from efface.errors import MismatchError
 from efface.keys import load_key, tags
+from efface.lineage import Step
 from efface.predict import logits
 from efface.seeds import rng
+from efface.shapes import plan_of
 from efface.stats import Interval
 from efface.task import Split
 
@@ -100,6 +102,7 @@ class Subject:
         after: The model that is said to have forgotten.
         split: D_f and D_r; D_r without what was forgotten earlier.
         references: Models retrained on D_r.
+        originals: Further models trained with D_f, for tests that compare the two kinds.
         device: Where logits are computed.
         cache: What is computed once per model and records.
     """
@@ -108,12 +111,13 @@ class Subject:
     after: TrainedModel
     split: Split
     references: tuple[TrainedModel, ...] = ()
+    originals: tuple[TrainedModel, ...] = ()
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     cache: Cache = field(default_factory=Cache)
 
     @cached_property
     def _digests(self) -> dict[int, str]:
-        models = (self.before, self.after, *self.references)
+        models = (self.before, self.after, *self.references, *self.originals)
         return {id(model): model.digest for model in models}
 
     def digest(self, model: TrainedModel) -> str:
@@ -237,6 +241,8 @@ def check_subject(subject: Subject) -> None:
         )
     for reference in subject.references:
         _check_reference(subject, reference, set(before.forgotten.tags) | asked)
+    for original in subject.originals:
+        _check_original(before, original)
 
 
 def _check_reference(subject: Subject, reference: TrainedModel, gone: set[str]) -> None:
@@ -260,6 +266,8 @@ def _check_reference(subject: Subject, reference: TrainedModel, gone: set[str]) 
         )
     if ours is not None and theirs.data["fingerprint"] != ours.data["fingerprint"]:
         raise MismatchError("a reference was trained on other data than the original; retrain it.")
+    if plan_of(subject.after.task) or plan_of(reference.task):
+        return  # the mask of a compacted model went into its shapes, or names other tensors
     mask, other = subject.after.mask, reference.mask
     if (mask is None) != (other is None) or (
         mask is not None
@@ -273,11 +281,33 @@ def _check_reference(subject: Subject, reference: TrainedModel, gone: set[str]) 
         )
 
 
+def _check_original(before: TrainedModel, other: TrainedModel) -> None:
+    ours, theirs = before.trained_by(), other.trained_by()
+    if theirs is None or set(other.forgotten.tags) != set(before.forgotten.tags):
+        raise MismatchError(
+            "a further original must be trained with the records that were to be forgotten, and "
+            "without what the original had forgotten before; make it with efface train."
+        )
+    if ours is not None and (
+        dict(theirs.settings) != dict(ours.settings)
+        or theirs.data["fingerprint"] != ours.data["fingerprint"]
+    ):
+        raise MismatchError(
+            "a further original was trained with other settings or on other data than the "
+            "original; train it as the original was."
+        )
+
+
+def last_step(model: TrainedModel) -> Step | None:
+    """The last thing that was done to a model; that it was compacted does not count."""
+    return next((step for step in reversed(model.lineage) if step.verb != "compact"), None)
+
+
 def _retrained(model: TrainedModel) -> bool:
     """Whether all that a model has forgotten was left out of a training from fresh weights."""
     for step in reversed(model.lineage):
         if step.verb == "retrain" or (step.method or {}).get("method") == "retrain":
             return True
-        if step.verb != "prune":
+        if step.verb not in ("prune", "compact"):
             return False
     return False

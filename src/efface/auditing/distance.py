@@ -71,6 +71,10 @@ def weight_distance(a: TrainedModel, b: TrainedModel) -> float:
     return float(torch.stack(parts).sum().sqrt())
 
 
+def _shapes(model: TrainedModel) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(p.shape) for p in model.network.parameters())
+
+
 @dataclass(frozen=True)
 class WeightDistance:
     """How far the weights moved from the original, or lie from retrained ones (‖θ − θ′‖₂).
@@ -85,6 +89,10 @@ class WeightDistance:
         """The finding."""
         name = f"weight_distance_{self.to}"
         n = sum(p.numel() for p in subject.after.network.parameters())
+        compared = subject.references if self.to == "reference" else ()
+        if len({_shapes(m) for m in (subject.before, subject.after, *compared)}) > 1:
+            why = "only defined between networks of the same shapes; some of these were compacted."
+            return absent(name, why, "undefined")
         if self.to == "original":
             value = weight_distance(subject.after, subject.before)
             text = f"The weights lie {value:.2f} from the original's (one measurement)."
@@ -104,47 +112,6 @@ class WeightDistance:
             original=float(np.mean([weight_distance(subject.before, r) for r in references])),
             sentence=f"The weights lie {value:.2f} from retrained ones (mean over {len(each)}; no "
             "interval: read it beside the distance between two retrained models).",
-        )
-
-
-@dataclass(frozen=True)
-class MaskIoU:
-    """Overlap (IoU) of the pruned topology with retrained models', its chance level or ceiling.
-
-    Chance is s/(2 − s) for masks of density s; the ceiling is the overlap of two retrained models.
-    """
-
-    name: str = "mask_iou"
-
-    def __call__(self, subject: Subject, generator: np.random.Generator) -> Finding:
-        """The finding."""
-        mask = subject.after.mask
-        others = [r.mask for r in subject.references if r.mask is not None]
-        if mask is None or not others:
-            return absent(self.name, "only defined between pruned models.", "undefined")
-        if self.name == "mask_iou_chance":
-            density = mask.kept / mask.total
-            value = density / (2 - density)
-            text = f"Two random masks of this density overlap by {value:.3f} on average."
-            return Finding(self.name, value, n=mask.total, direction="info", sentence=text)
-        if self.name == "mask_iou_ceiling":
-            pairs = [a.iou(b) for a, b in combinations(others, 2)]
-            if not pairs:
-                return absent(self.name, "needs two retrained models.", "not_estimable")
-            value = float(np.mean(pairs))
-            text = f"Masks of two retrained models overlap by {value:.3f}."
-            return Finding(self.name, value, n=mask.total, direction="info", sentence=text)
-        value = float(np.mean([mask.iou(other) for other in others]))
-        before = subject.before.mask
-        same = all(mask == other for other in others)
-        return Finding(
-            self.name,
-            value,
-            n=mask.total,
-            direction="higher",
-            original=float(np.mean([before.iou(o) for o in others])) if before else None,
-            sentence=f"The pruned topology overlaps with retrained models' by {value:.3f} (IoU)"
-            + (": they were given this very mask." if same else "."),
         )
 
 

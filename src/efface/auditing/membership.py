@@ -43,16 +43,65 @@ def svc_efficacy(
     Returns:
         Records of D_f predicted non-member, at most k.
     """
+    return int((_fitted_svc(members, outsiders).predict(forget[:, None]) == 0).sum())
+
+
+def _fitted_svc(members: npt.NDArray[np.float64], outsiders: npt.NDArray[np.float64]) -> Any:
+    """The attack, fitted on one feature: 1 is a member."""
     from sklearn.svm import SVC
 
     features = np.concatenate([members, outsiders])[:, None]
     labels = np.r_[np.ones(len(members)), np.zeros(len(outsiders))]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        attack = SVC(C=3, gamma="auto", kernel="rbf", cache_size=500, random_state=0).fit(
+        return SVC(C=3, gamma="auto", kernel="rbf", cache_size=500, random_state=0).fit(
             features, labels
         )
-    return int((attack.predict(forget[:, None]) == 0).sum())
+
+
+def svc_at_balance(
+    members: npt.NDArray[np.float64],
+    outsiders: npt.NDArray[np.float64],
+    forget: npt.NDArray[np.float64],
+    balance: float,
+    size: int,
+    generator: np.random.Generator,
+) -> dict[str, float]:
+    """What the attack of :func:`svc_efficacy` says when a given share of its records are members.
+
+    Args:
+        members: Softmax probability of the true label, records of D_r ``[n]``.
+        outsiders: The same, test records ``[m]``.
+        forget: The same, D_f ``[k]``.
+        balance: Share of members among the records that the attack is fitted on, between 0 and 1.
+        size: How many records it is fitted on: drawn from members and outsiders.
+        generator: Which.
+
+    Returns:
+        ``accuracy`` on the records that it was fitted on, as the released code has it,
+        ``mia_efficacy``, the share of D_f that it calls non-member, and ``auc``, how well the
+        probability itself tells the same members from the same non-members (0.5: not at all).
+
+    Raises:
+        ValueError: If there are too few members or outsiders for this balance and size.
+
+    >>> draw, sure = np.random.default_rng(0), np.linspace(0.8, 1.0, 90)
+    >>> svc_at_balance(sure, sure - 0.8, sure, 0.9, 100, draw)["mia_efficacy"]
+    0.0
+    """
+    n = round(balance * size)
+    if not 0 < n <= len(members) or not 0 < size - n <= len(outsiders):
+        raise ValueError(f"{len(members)} and {len(outsiders)} do not give {n} of {size}")
+    inside = members[generator.permutation(len(members))[:n]]
+    outside = outsiders[generator.permutation(len(outsiders))[: size - n]]
+    attack = _fitted_svc(inside, outside)
+    hits = (attack.predict(inside[:, None]) == 1).sum()
+    hits += (attack.predict(outside[:, None]) == 0).sum()
+    return {
+        "accuracy": float(hits / size),
+        "mia_efficacy": float((attack.predict(forget[:, None]) == 0).mean()),
+        "auc": auc(inside, outside).value,
+    }
 
 
 @dataclass(frozen=True)

@@ -226,7 +226,7 @@ class Vectorised:
         """Logits ``[C]`` of one record."""
         swapped = {f"network.{n}": w for n, w in weights.items()}
         single = tree_map(lambda t: t[None], inputs)
-        found: Tensor = functional_call(_Apply(self.network, self.task), swapped, (single,))
+        found: Tensor = functional_call(Apply(self.network, self.task), swapped, (single,))
         return found[0].float()
 
 
@@ -265,7 +265,7 @@ class OneByOne:
         yield from ((name, 0, g[None]) for name, g in zip(params, found, strict=True))
 
 
-class _Apply(nn.Module):
+class Apply(nn.Module):
     """A network behind the task's batch adapter, as one module: its weights can be swapped."""
 
     def __init__(self, network: nn.Module, task: Task) -> None:

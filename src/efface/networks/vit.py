@@ -133,7 +133,7 @@ class ViT(nn.Module):
         """``[B, channels, image, image]`` → ``[B, classes]``."""
         tokens = self.patches(self.normalize(images)).flatten(2).transpose(1, 2)
         if self.token is not None:
-            first = self.token.expand(len(tokens), 1, -1)
+            first = self.token.expand(tokens.shape[0], 1, -1)
             tokens = torch.cat([first.to(tokens.dtype), tokens], 1)
         tokens = self.blocks(tokens + self.positions.view(-1, self.width))
         seen = self.norm(tokens[:, 0] if self.pool == "token" else tokens.mean(1))

@@ -5,23 +5,22 @@ from __future__ import annotations
 import datetime
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from efface.console import Run
 from efface.cost import versions
-from efface.errors import EffaceError, InputError, OutputError, nearest
-from efface.files import canonical, check_output, digest, write_atomic
+from efface.errors import InputError, OutputError, nearest
+from efface.files import canonical, check_output, write_atomic
 from efface.placement import pick_device
 from efface.recipes import recipe as recipes
-from efface.recipes.jobs import Bench, Job, Which, kept, original_key, reference_key, run
-from efface.recipes.probe import Spent, seconds_per_image
-from efface.recipes.recipe import Size
-from efface.recipes.summary import curves, judge, spread, summarise
+from efface.recipes.models import Bench
+from efface.recipes.plan import Size
+from efface.recipes.probe import Spent
+from efface.recipes.stability import stability
+from efface.recipes.stages import Stages
+from efface.recipes.summary import curves, judge, summarise
 from efface.recipes.tables import tables
-from efface.recipes.transfer import least_useful
 from efface.report import bench_page
 
 SCHEMA = "efface.bench/1"
@@ -63,7 +62,8 @@ def run_bench(
         raise InputError(f"--seeds must be 1 to {MOST}, not {seeds}.")
     workers = _workers(jobs, console.device)
     bench = Bench(
-        text, recipe.name, size, out, store or out / "models", console.device, console.seed
+        *(text, recipe.name, size, out, store or out / "models", console.device, console.seed),
+        seeds=seeds,
     )
     plan = with_seeds(bench.plan, seeds)
     check_plan(bench, plan)
@@ -110,6 +110,7 @@ def _document(
         "summary": summarise(recipe, rows),
         "claims": judge(recipe.claims, rows),
         "curves": curves(recipe, rows),
+        "stability": stability(plan, rows),
     }
 
 
@@ -119,16 +120,6 @@ def with_seeds(plan: Size, seeds: int | None) -> Size:
         return plan
     methods = {n: m.model_copy(update={"seeds": None}) for n, m in plan.methods.items()}
     return plan.model_copy(update={"seeds": seeds, "methods": methods})
-
-
-def at_edge(grid: Mapping[str, Sequence[Any]], chosen: Mapping[str, Any]) -> list[str]:
-    """Searched options whose chosen value is the least or the greatest: a wider grid may do better.
-
-    >>> at_edge({"lr": [0.1, 0.2, 0.3], "epochs": [1, 2]}, {"lr": 0.3, "epochs": 1})
-    ['lr']
-    """
-    ends = {name: (min(v), max(v)) for name, v in grid.items() if len(v) > 2}
-    return [name for name, both in ends.items() if chosen[name] in both]
 
 
 def environment(workers: int) -> dict[str, Any]:
@@ -157,16 +148,16 @@ def check_plan(bench: Bench, plan: Size) -> None:
     Raises:
         InputError: Naming what does not fit together.
     """
-    task, split = bench.data("forget")
+    task, _ = bench.data()
     if plan.rewind is not None and not 0 < plan.rewind <= task.fit.epochs:
         raise InputError(f"rewind = {plan.rewind} is none of the {task.fit.epochs} epochs.")
     for model in plan.models:
         needs = model.make_pruner().requires if model.pruner is not None else ()
         if plan.rewind is None and "rewind" in needs:
             raise InputError(f"model {model.name!r} rewinds; say rewind = EPOCH for this size.")
-    if plan.proxy is not None:
-        _, proxy = bench.data("proxy")
-        if proxy.forget.equal(split.forget):
+    for name, case in plan.cases.items():
+        split = bench.data("forget", name)[1]
+        if case.proxy and bench.data("proxy", name)[1].forget.equal(split.forget):
             raise InputError("the proxy is the forget set that is reported; choose another.")
     check_output(bench.store / "model", force=True)
 
@@ -193,195 +184,3 @@ def _prepare(console: Run, bench: Bench, seeds: int | None) -> None:
             )
         console.say(f"going on where an earlier run stopped ({out}).")
     write_atomic(mark, canonical({**mine, "seeds": seeds}).encode())
-
-
-class Stages:
-    """The jobs of a bench in the order of what they need.
-
-    Args:
-        console: For messages.
-        bench: What is run.
-        plan: The size, with the seeds that are asked for.
-        workers: Processes.
-        spent: Read after every job, which writes down what has been spent.
-    """
-
-    def __init__(self, console: Run, bench: Bench, plan: Size, workers: int, spent: Spent) -> None:
-        self.console, self.bench, self.plan = console, bench, plan
-        self.workers, self.spent = workers, spent
-        self.task, _ = bench.data("forget")
-        self.records = len(self.task.records)
-        self.training = float(self.task.fit.epochs * self.records)
-        self.influence: dict[str, Any] | None = None
-
-    def all(self, progress: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """Run everything that is missing; returns the rows, and what the search has found."""
-        models = self.models()
-        trials = list(self.trials())
-        rows = len(list(self.rows({})))
-        weights = sum(job.weight for stage in models for job in stage)
-        total = weights + sum(t.weight for t in trials) + rows * self.weight()
-        if self.plan.transfer:
-            total += sum(job.weight for job in self.influences())
-        self._estimate(total)
-        done = 0.0
-
-        def finish(stage: Iterable[Job]) -> None:
-            nonlocal done
-            for job in self._run(list(stage)):
-                done += job.weight
-                progress(f"bench {self.bench.name}", int(done), int(total))
-
-        for stage in models[:1] if self.plan.transfer else models:
-            finish(stage)
-        if self.plan.transfer:
-            finish(self.influences())
-            self._choose_classes()
-            for stage in self.models()[1:]:
-                finish(stage)
-        finish(trials)
-        chosen, search = self.chosen(trials)
-        found = list(self.rows(chosen))
-        finish(found)
-        return [self._value(job) for job in found], search
-
-    def _value(self, job: Job) -> dict[str, Any]:
-        value = kept(self.bench, job)
-        if value is None:
-            raise EffaceError(f"{job.label} left no result in {self.bench.out}; run bench again.")
-        return value
-
-    def _estimate(self, images: float) -> None:
-        seconds = images * seconds_per_image(self.task, self.bench.device) / self.workers
-        if seconds > 60:
-            self.console.say(
-                f"this will take about {seconds / 60:.0f} minutes on {self.workers} processes, "
-                "less what is there already; it may be stopped and run again."
-            )
-
-    def weight(self) -> float:
-        """About what measuring a method costs, in images of a training step."""
-        return 2.0 * self.records
-
-    def models(self) -> list[list[Job]]:
-        """Originals and references, without those that two forget sets share."""
-        plan, weight = self.plan, self.training
-        both: list[Which] = ["forget", "proxy"] if self._searches() else ["forget"]
-        stages: list[list[Job]] = [[], [], []]
-        seen: set[str] = set()
-        for which in both:
-            for model in plan.models:
-                sparse = model.pruner is not None
-                last = 1 if which == "proxy" else plan.most_seeds()
-                for seed in range(last):
-                    job = Job("original", model.name, seed, which, weight=weight)
-                    kinds = [(job, int(sparse), original_key(self.bench, job))]
-                    if seed < (1 if which == "proxy" else plan.seeds):
-                        job = replace(job, kind="reference")
-                        after = 2 if model.like != "dense" else 1
-                        kinds.append((job, after, reference_key(self.bench, job)))
-                    for job, place, key in kinds:
-                        name = digest(key)
-                        if name not in seen:
-                            seen.add(name)
-                            stages[place].append(job)
-        for seed in range(plan.most_seeds()):  # what is pruned is trained first
-            job = Job("original", self._dense().name, seed, "forget", weight=weight)
-            if digest(original_key(self.bench, job)) not in seen:
-                stages[0].append(job)
-        return stages
-
-    def influences(self) -> list[Job]:
-        """A probe for every source class left out, and for none, over a few seeds."""
-        transfer = self.plan.transfer
-        assert transfer is not None
-        left_out = ["", *map(str, transfer.source)]
-        name, weight = self._dense().name, self.training
-        seeds = range(min(transfer.influence_seeds, self.plan.most_seeds()))
-        return [
-            Job("influence", name, s, "forget", c, weight=weight if c else self.weight())
-            for s in seeds
-            for c in left_out
-        ]
-
-    def _choose_classes(self) -> None:
-        """The source classes to forget: those whose removal helps the probe most."""
-        found: dict[str, list[float]] = {}
-        for job in self.influences():
-            found.setdefault(job.method, []).append(self._value(job)["metrics"]["probe"]["value"])
-        whole = found.pop("")
-        without = {int(c): values for c, values in found.items()}
-        remove = self.plan.forget.harmful or 1
-        classes, influence = least_useful(whole, without, remove)
-        self.bench = replace(self.bench, classes=classes)
-        self.influence = {
-            "chosen": list(classes),
-            "whole": spread(whole),
-            "classes": {str(c): spread(values) for c, values in influence.items()},
-        }
-
-    def _dense(self) -> Any:
-        dense = [m for m in self.plan.models if m.pruner is None]
-        return dense[0] if dense else self.plan.models[0]
-
-    def _searches(self) -> bool:
-        return any(method.search for method in self.plan.methods.values())
-
-    def trials(self) -> Iterator[Job]:
-        """A job for every value of every search, on the proxy forget set."""
-        for model in self.plan.models:
-            for name, method in self.plan.methods.items():
-                for options in method.grid() if method.search else ():
-                    yield Job("trial", model.name, 0, "proxy", name, options, self.weight())
-
-    def chosen(self, trials: list[Job]) -> tuple[dict[tuple[str, str], Any], list[dict[str, Any]]]:
-        """For each model and method the values with the smallest gap on the proxy forget set."""
-        found: dict[tuple[str, str], list[dict[str, Any]]] = {}
-        for job in trials:
-            trial = self._value(job)
-            entry = {"options": trial["options"], "gap": trial.get("gap")}
-            entry["metrics"] = {k: m["value"] for k, m in trial["metrics"].items()}
-            found.setdefault((job.model, job.method), []).append(entry)
-        chosen, search = {}, []
-        for (model, method), tried in found.items():
-            best = min(tried, key=lambda t: float("inf") if t["gap"] is None else t["gap"])
-            chosen[model, method] = best["options"]
-            search.append(
-                {
-                    "model": model,
-                    "method": method,
-                    "metric": self.plan.search_metric,
-                    "chosen": best["options"],
-                    "edge": at_edge(self.plan.methods[method].search, best["options"]),
-                    "tried": tried,
-                }
-            )
-        return chosen, search
-
-    def rows(self, chosen: dict[tuple[str, str], Any]) -> Iterator[Job]:
-        """A job for every row that is reported."""
-        for model in self.plan.models:
-            for name in ("original", "retrain", *self.plan.methods):
-                options = chosen.get((model.name, name), {})
-                for seed in range(self.plan.seeds_of(name)):
-                    yield Job("row", model.name, seed, "forget", name, options, self.weight())
-
-    def _run(self, stage: list[Job]) -> Iterator[Job]:
-        """Jobs side by side, the longest first; what has been done is not done again."""
-        waiting = []
-        for job in stage:
-            if job.kind in ("trial", "row", "influence") and kept(self.bench, job) is not None:
-                yield job
-            else:
-                waiting.append(job)
-        if not waiting:
-            return
-        from joblib import Parallel, delayed
-
-        waiting.sort(key=lambda job: -job.weight)
-        pool = Parallel(self.workers, backend="loky", return_as="generator_unordered")
-        for job, said in pool(delayed(run)(self.bench, job) for job in waiting):
-            self.spent.read()
-            for sentence in said:
-                self.console.say(sentence)
-            yield job

@@ -11,10 +11,9 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,141 +21,26 @@ import torch
 from efface import verbs
 from efface.auditing import Subject
 from efface.auditing.base import Finding
-from efface.auditing.membership import HeldOutAUC, JiaSVC, Margin
+from efface.auditing.membership import HeldOutAUC, JiaSVC, LowFPR, Margin
 from efface.auditing.utility import ForgottenClass, Utility
-from efface.checkpoint import TrainedModel
 from efface.datasets import triggered_test
 from efface.errors import DivergedError, EffaceError
-from efface.files import canonical, digest, write_atomic
-from efface.journal import Journal
+from efface.files import digest, write_atomic
 from efface.placement import pick_device
 from efface.predict import logits
-from efface.recipes.recipe import Model, Recipe, Selection, Size, parse
-from efface.recipes.store import TRAINING, Store, code_digest, identity, records_digest
-from efface.recipes.transfer import Downstream, downstream, kept_accuracy, probe, restricted
+from efface.recipes.models import Bench, Job, original, original_key, reference, reference_key
+from efface.recipes.plan import Selection
+from efface.recipes.stability import at_balances
+from efface.recipes.store import records_digest
+from efface.recipes.traces import mask_metrics, masks_beside
+from efface.recipes.transfer import kept_accuracy, probe
 from efface.signals import attack_success_rate
 from efface.stats import rate
-from efface.task import Split, Task
+from efface.task import Split
+from efface.trained import TrainedModel
 from efface.unlearn import to_json
 
-Which = Literal["forget", "proxy"]
 GAPS = {"average_gap": ("ua", "mia_efficacy", "ra", "ta"), "gap_a": ("ua", "mia_auc", "ra", "ta")}
-
-
-@dataclass(frozen=True)
-class Bench:
-    """A recipe at one size: what every job is given.
-
-    Args:
-        text: The recipe's TOML.
-        name: Its name.
-        size: Which of its sizes.
-        out: The output folder; rows and search trials are kept in it.
-        store: Where models are kept.
-        device: Where to compute.
-        seed: Added to every training seed.
-        training: Digest of the code that decides how a model is trained.
-        code: Digest of all of efface's code.
-        classes: The source classes to forget, once they have been chosen (transfer).
-        process: The process that runs the bench.
-    """
-
-    text: str
-    name: str
-    size: str
-    out: Path
-    store: Path
-    device: str = "auto"
-    seed: int = 0
-    training: str = field(default_factory=lambda: code_digest(TRAINING))
-    code: str = field(default_factory=lambda: code_digest(()))
-    classes: tuple[int, ...] = ()
-    process: int = field(default_factory=os.getpid)
-
-    @property
-    def recipe(self) -> Recipe:
-        """The recipe, parsed."""
-        return _parsed(self.text, self.name)
-
-    @property
-    def plan(self) -> Size:
-        """The size that is run."""
-        return self.recipe.size[self.size]
-
-    def model(self, name: str) -> Model:
-        """A model of the plan."""
-        return next(m for m in self.plan.models if m.name == name)
-
-    def selection(self, which: Which) -> Selection:
-        """What is to be forgotten: in the rows that are reported, or in the search."""
-        chosen = self.plan.forget if which == "forget" else self.plan.proxy
-        assert chosen is not None
-        if chosen.harmful is not None:  # before they are chosen: any
-            classes = self.classes or self.plan.transfer.source[:1]  # type: ignore[union-attr]
-            return Selection.model_validate({"classes": classes})
-        return chosen
-
-    def data(self, which: Which) -> tuple[Task, Split]:
-        """Task and split, made once per process."""
-        return _data(self.plan, self.selection(which))
-
-    def identity(self, job: Job) -> dict[str, Any]:
-        """What the model of a training seed depends on."""
-        task, _ = self.data(job.which)
-        return {**identity(task, self.seed + job.seed), "code": self.training}
-
-
-@lru_cache(maxsize=4)
-def _parsed(text: str, name: str) -> Recipe:
-    return parse(text, name)
-
-
-_made: dict[str, tuple[Task, Split]] = {}
-
-
-def _data(plan: Size, selection: Selection) -> tuple[Task, Split]:
-    held = plan.transfer and plan.transfer.source
-    key = canonical([plan.task.model_dump(), selection.model_dump(), held])
-    if key not in _made:
-        task = plan.task.build()
-        _made[key] = selection.apply(restricted(task, held) if held else task)
-    return _made[key]
-
-
-@lru_cache(maxsize=1)
-def _downstream(text: str, name: str, size: str) -> Downstream:
-    plan = _parsed(text, name).size[size]
-    assert plan.transfer is not None
-    return downstream(plan.task.build(), plan.transfer.downstream, plan.transfer.per_class)
-
-
-@dataclass(frozen=True)
-class Job:
-    """A unit of work.
-
-    Args:
-        kind: ``original``, ``reference``, ``trial``, ``row``, or ``influence`` (of a class).
-        model: A model of the plan.
-        seed: Training seed, from 0.
-        which: The forget set that is reported, or the proxy.
-        method: For trials and rows; for influence the class that is left out, or nothing.
-        options: Values that the search tries, or has chosen.
-        weight: About how many images it costs.
-    """
-
-    kind: Literal["original", "reference", "trial", "row", "influence"]
-    model: str
-    seed: int
-    which: Which = "forget"
-    method: str = ""
-    options: Mapping[str, Any] = field(default_factory=dict)
-    weight: float = 1.0
-
-    @property
-    def label(self) -> str:
-        """For progress and errors."""
-        parts = [self.kind, self.model, self.method, f"seed {self.seed}"]
-        return " ".join(part for part in parts if part)
 
 
 def run(bench: Bench, job: Job) -> tuple[Job, list[str]]:
@@ -178,72 +62,12 @@ def run(bench: Bench, job: Job) -> tuple[Job, list[str]]:
     return job, said
 
 
-# -- models -----------------------------------------------------------------------------------
-
-
-def original_key(bench: Bench, job: Job) -> dict[str, Any]:
-    """What the model before any request is."""
-    key = {"verb": "train", "rewind": bench.plan.rewind, **bench.identity(job)}
-    pruner = bench.model(job.model).pruner
-    return key if pruner is None else {"verb": "prune", "pruner": dict(pruner), "of": key}
-
-
-def original(bench: Bench, job: Job, say: Callable[[str], None]) -> TrainedModel:
-    """The model before any request: trained, and pruned where the plan's model is."""
-    task, _ = bench.data(job.which)
-    model, seed = bench.model(job.model), bench.seed + job.seed
-    store = Store(bench.store, say)
-
-    def trained(journal: Journal) -> TrainedModel:
-        rewind = bench.plan.rewind
-        return verbs.train(task, seed=seed, rewind=rewind, device=bench.device, journal=journal)
-
-    def pruned(journal: Journal) -> TrainedModel:
-        key = original_key(bench, job)["of"]
-        dense = store.get(key, task, trained)
-        pruner = model.make_pruner()
-        return verbs.prune(dense, pruner, seed=seed, device=bench.device, journal=journal)
-
-    make = trained if model.pruner is None else pruned
-    return store.get(original_key(bench, job), task, make)
-
-
-def reference_key(bench: Bench, job: Job) -> dict[str, Any]:
-    """What the retrained model is."""
-    _, split = bench.data(job.which)
-    like = bench.model(job.model).like
-    base = bench.identity(job)
-    if like != "dense":
-        base = {"of": original_key(bench, job)}
-    return {"verb": "retrain", "like": like, "without": records_digest(split), **base}
-
-
-def reference(bench: Bench, job: Job, say: Callable[[str], None]) -> TrainedModel:
-    """The model retrained on D_r, of the kind that the plan's model asks for."""
-    task, split = bench.data(job.which)
-    like = bench.model(job.model).like
-
-    def make(journal: Journal) -> TrainedModel:
-        model = original(bench, job, say) if like != "dense" else None
-        return verbs.retrain(
-            task,
-            split,
-            model=model,
-            like=like,
-            seed=bench.seed + job.seed,
-            device=bench.device,
-            journal=journal,
-        )
-
-    return Store(bench.store, say).get(reference_key(bench, job), task, make)
-
-
 # -- rows -------------------------------------------------------------------------------------
 
 
 def result_path(bench: Bench, job: Job) -> Path:
     """Where a row or a trial is kept; its name is the digest of everything that it depends on."""
-    _, split = bench.data(job.which)
+    _, split = bench.data_of(job)
     if job.kind == "influence":
         key: dict[str, Any] = {"influence": job.method, "code": bench.code}
         key["of"] = original_key(bench, job)
@@ -255,16 +79,17 @@ def result_path(bench: Bench, job: Job) -> Path:
         "without": records_digest(split),
         "unlearner": _settings(bench, job),
         "code": bench.code,
-        "selection": bench.selection(job.which).model_dump(mode="json"),
+        "selection": bench.selection(job.which, job.scenario).model_dump(mode="json"),
+        "beside": [reference_key(bench, other) for other in masks_beside(bench, job)],
     }
     folder = "search" if job.kind == "trial" else "rows"
     return bench.out / folder / f"{digest(key)[:24]}.json"
 
 
 def _method(bench: Bench, job: Job) -> Any:
-    if job.method in ("original", "retrain"):
+    if job.method not in bench.plan.methods:  # original, retrain, retrain-…
         return None
-    return bench.plan.methods[job.method].made(job.model, job.options)
+    return bench.plan.methods[job.method].made(job.model, job.options, job.scenario)
 
 
 def kept(bench: Bench, job: Job) -> dict[str, Any] | None:
@@ -283,28 +108,31 @@ def _measured(bench: Bench, job: Job, say: Callable[[str], None]) -> None:
         return
     row: dict[str, Any] = {"model": job.model, "method": job.method, "seed": job.seed}
     row |= {"options": dict(job.options), "status": "ok", "sentence": ""}
+    row |= {"scenario": job.scenario}
     try:
-        model, split = _model_of(bench, job, say), bench.data(job.which)[1]
-        row |= {"metrics": measure(bench, job, model, split), "settings": _settings(bench, job)}
-        row |= {"sparsity": model.sparsity, "cost": _cost(model)}
+        model, split = _model_of(bench, job, say), bench.data_of(job)[1]
+        metrics = measure(bench, job, model, split) | mask_metrics(bench, job, model, say)
+        row |= {"metrics": metrics, "settings": _settings(bench, job)}
+        row |= {"sparsity": model.sparsity, "cost": _cost(job, model)}
+        if bench.plan.balances and job.kind == "row":
+            row["balances"] = at_balances(bench, model, split)
     except EffaceError as error:  # one method that cannot run is no reason to stop the others
         word = "diverged" if isinstance(error, DivergedError) else "failed"
         row |= {"metrics": {}, "status": word, "sentence": str(error)}
     if job.kind == "trial" and row["metrics"]:
-        theirs = measure(bench, job, reference(bench, job, say), bench.data(job.which)[1])
+        theirs = measure(bench, job, reference(bench, job, say), bench.data_of(job)[1])
         row["gap"] = gap(row["metrics"], theirs, bench.plan.search_metric)
     write_atomic(result_path(bench, job), json.dumps(row, indent=1, allow_nan=False).encode())
 
 
 def _model_of(bench: Bench, job: Job, say: Callable[[str], None]) -> TrainedModel:
-    if job.method == "retrain":
-        return reference(bench, job, say)
-    before = original(bench, job, say)
-    if job.method == "original":
-        return before
-    _, split = bench.data(job.which)
-    seed = bench.seed + job.seed
-    return verbs.forget(before, split, _method(bench, job), seed=seed, device=bench.device)
+    method = _method(bench, job)
+    if method is None:
+        make = original if job.method == "original" else reference
+        return make(bench, job, say)
+    _, split = bench.data_of(job)
+    seed, before = bench.seed + job.seed, original(bench, job, say)
+    return verbs.forget(before, split, method, seed=seed, device=bench.device)
 
 
 def _settings(bench: Bench, job: Job) -> dict[str, Any] | None:
@@ -312,9 +140,16 @@ def _settings(bench: Bench, job: Job) -> dict[str, Any] | None:
     return None if method is None else to_json(method)
 
 
-def _cost(model: TrainedModel) -> dict[str, Any]:
-    cost = model.lineage[-1].cost if model.lineage else {}
-    return {k: cost.get(k) for k in ("wall", "cpu", "images", "threads", "foreign_load", "machine")}
+def _cost(job: Job, model: TrainedModel) -> dict[str, Any]:
+    """What the last step has cost; of a retrained model all of its steps, pruning included."""
+    if not model.lineage:
+        return dict.fromkeys(("wall", "cpu", "images", "threads", "foreign_load", "machine"))
+    last = model.lineage[-1].cost
+    cost = {k: last.get(k) for k in ("wall", "cpu", "images", "threads", "foreign_load", "machine")}
+    if job.method.startswith("retrain"):
+        for key in ("wall", "cpu", "images"):
+            cost[key] = sum(step.cost.get(key, 0) for step in model.lineage)
+    return cost
 
 
 def measure(bench: Bench, job: Job, model: TrainedModel, split: Split) -> dict[str, Any]:
@@ -325,14 +160,16 @@ def measure(bench: Bench, job: Job, model: TrainedModel, split: Split) -> dict[s
     findings += [HeldOutAUC()(subject, draw), Margin()(subject, draw)]
     if job.kind == "row" or bench.plan.search_metric == "average_gap":
         findings.append(JiaSVC()(subject, draw))
+    if bench.plan.balances:
+        findings.append(LowFPR()(subject, draw))
     if split.label is not None:
         findings.append(ForgottenClass()(subject, draw))
     metrics = {f.name: _plain(f) for f in findings if f.status == "ok"}
-    selection = bench.selection(job.which)
+    selection = bench.selection(job.which, job.scenario)
     if selection.poison is not None:
         metrics |= attack(bench, selection, model)
     if bench.plan.transfer is not None:
-        data = _downstream(bench.text, bench.name, bench.size)
+        data = bench.downstream()
         metrics["probe"] = probe(model, data, data.report)
         metrics["kept_accuracy"] = kept_accuracy(model, bench.classes)
     return metrics
@@ -350,7 +187,7 @@ def _influence(bench: Bench, job: Job, say: Callable[[str], None]) -> None:
         model = reference(replace(bench, classes=(int(job.method),)), job, say)
     else:
         model = original(bench, job, say)
-    data = _downstream(bench.text, bench.name, bench.size)
+    data = bench.downstream()
     found = {"metrics": {"probe": probe(model, data, data.choose)}}
     write_atomic(result_path(bench, job), json.dumps(found, allow_nan=False).encode())
 

@@ -16,17 +16,18 @@ from typing import Any
 
 import torch
 
-from efface.checkpoint import TrainedModel, load, weights_digest
+from efface.checkpoint import load
 from efface.errors import InputError
 from efface.files import digest
 from efface.fitting import Fit
 from efface.journal import Journal
 from efface.task import Split, Task
+from efface.trained import TrainedModel, weights_digest
 
 # What decides how a reference comes out; the rest of the package may change without retraining.
 TRAINING = (
-    *("augment", "data", "feeds", "fitting", "mask", "networks", "placement", "seeds", "steps"),
-    *("task", "work", "verbs", "sparsify", "unlearn/retrain"),
+    *("augment", "data", "feeds", "fitting", "mask", "networks", "placement", "replay", "seeds"),
+    *("steps", "task", "trained", "work", "verbs", "retraining", "sparsify", "unlearn/retrain"),
 )
 
 

@@ -8,30 +8,15 @@ from typing import Any
 import numpy as np
 
 from efface.recipes.jobs import GAPS, gap
-from efface.recipes.recipe import MEASURED, Claim, Recipe
-from efface.stats import mean_interval
+from efface.recipes.recipe import MEASURED, TOPOLOGY, Claim, Curve, Recipe
+from efface.recipes.spread import spread
+from efface.recipes.traces import trace_removed, trace_removed_between
 
 Row = Mapping[str, Any]
 
 
-def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, standard deviation over training seeds, and Student's 95 % interval of the mean."""
-    if not values:
-        return {"mean": None, "std": None, "low": None, "high": None, "n": 0}
-    if len(values) == 1:
-        return {"mean": float(values[0]), "std": None, "low": None, "high": None, "n": 1}
-    found = mean_interval(np.asarray(values, dtype=float))
-    return {
-        "mean": found.value,
-        "std": float(np.std(values, ddof=1)),
-        "low": found.low,
-        "high": found.high,
-        "n": len(values),
-    }
-
-
 class Table:
-    """Rows, by model and method.
+    """Rows, by scenario, model and method.
 
     Args:
         rows: As the jobs wrote them.
@@ -39,60 +24,72 @@ class Table:
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = [row for row in rows if row["status"] == "ok"]
-        pairs = [(row["model"], row["method"]) for row in rows]
-        self.pairs = list(dict.fromkeys(pairs))
+        named = [(row.get("scenario", ""), row["model"], row["method"]) for row in rows]
+        self.named = list(dict.fromkeys(named))
+        self.scenarios = list(dict.fromkeys(scenario for scenario, _, _ in named))
 
-    def of(self, model: str, method: str) -> dict[int, Row]:
+    def of(self, model: str, method: str, scenario: str = "") -> dict[int, Row]:
         """Seed → row."""
-        found = [r for r in self.rows if (r["model"], r["method"]) == (model, method)]
+        asked = (scenario, model, method)
+        found = [r for r in self.rows if (r.get("scenario", ""), r["model"], r["method"]) == asked]
         return {r["seed"]: r for r in sorted(found, key=lambda r: r["seed"])}
 
-    def values(self, model: str, method: str, metric: str) -> dict[int, float]:
+    def values(self, model: str, method: str, metric: str, scenario: str = "") -> dict[int, float]:
         """Seed → value of a metric, or of a gap to the mean of the retrained models."""
-        rows = self.of(model, method)
+        rows = self.of(model, method, scenario)
         if metric in GAPS:
-            middle = self.reference(model)
+            middle = self.reference(model, scenario)
             found = {seed: gap(row["metrics"], middle, metric) for seed, row in rows.items()}
             return {seed: value for seed, value in found.items() if value is not None}
         if metric == "seconds":
             return {s: row["cost"]["wall"] for s, row in rows.items()}
+        if metric == "cost":
+            whole = _images(self.of(model, "retrain", scenario))
+            return {s: n / whole[s] for s, n in _images(rows).items() if whole.get(s)}
         return {s: r["metrics"][metric]["value"] for s, r in rows.items() if metric in r["metrics"]}
 
-    def reference(self, model: str) -> dict[str, Any]:
+    def reference(self, model: str, scenario: str = "") -> dict[str, Any]:
         """The mean of the retrained models of a model, in the form of a row's metrics."""
-        values = {name: list(self.values(model, "retrain", name).values()) for name in MEASURED}
-        return {n: {"value": float(np.mean(v))} for n, v in values.items() if v}
+        values = {n: self.values(model, "retrain", n, scenario).values() for n in MEASURED}
+        return {n: {"value": float(np.mean(list(v)))} for n, v in values.items() if v}
+
+
+def _images(rows: Mapping[int, Row]) -> dict[int, float]:
+    """Seed → images of training steps, those of all streams."""
+    counted = {seed: row["cost"].get("images") for seed, row in rows.items()}
+    return {seed: float(n) for seed, n in counted.items() if n is not None}
 
 
 def summarise(recipe: Recipe, rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """For each model and method: every metric over seeds, its gap, and what the paper has.
+    """For each scenario, model and method: every metric over seeds, its gap, what the paper has.
 
     A gap is the difference of means, as in the papers. The average gap is given twice: of means
     (``value``), and per training seed (``mean``, ``std`` and interval).
     """
     table = Table(rows)
-    return [_entry(recipe, table, model, method) for model, method in table.pairs]
+    return [_entry(recipe, table, *named) for named in table.named]
 
 
-def _entry(recipe: Recipe, table: Table, model: str, method: str) -> dict[str, Any]:
-    middle = table.reference(model)
+def _entry(recipe: Recipe, table: Table, scenario: str, model: str, method: str) -> dict[str, Any]:
+    middle = table.reference(model, scenario)
     paper = recipe.paper.get(model, {}).get(method, {})
     theirs = recipe.paper.get(model, {}).get("retrain", {})
     metrics: dict[str, Any] = {}
     for name in MEASURED:
-        values = list(table.values(model, method, name).values())
+        values = list(table.values(model, method, name, scenario).values())
         if not values:
             continue
         entry = spread(values)
-        if method != "retrain" and name in middle:
+        if method != "retrain" and name in middle and name not in TOPOLOGY:
             entry["gap"] = abs(entry["mean"] - middle[name]["value"])
         if name in paper:
             entry["paper"] = _paper(paper[name], theirs.get(name))
         metrics[name] = entry
-    seconds = spread(list(table.values(model, method, "seconds").values()))
-    full = spread(list(table.values(model, "retrain", "seconds").values()))["mean"]
-    found = table.of(model, method)
+    seconds = spread(list(table.values(model, method, "seconds", scenario).values()))
+    full = spread(list(table.values(model, "retrain", "seconds", scenario).values()))["mean"]
+    found = table.of(model, method, scenario)
     entry = {
+        "scenario": scenario,
         "model": model,
         "method": method,
         "n": len(found),
@@ -100,15 +97,26 @@ def _entry(recipe: Recipe, table: Table, model: str, method: str) -> dict[str, A
         "metrics": metrics,
         "seconds": seconds,
         "seconds_ratio": seconds["mean"] / full if full and seconds["mean"] is not None else None,
+        "cost": _cost(table, scenario, model, method),
+        "trace_removed": trace_removed([row["metrics"] for row in found.values()]),
+        "trace_removed_between": trace_removed_between([r["metrics"] for r in found.values()]),
     }
     for kind in GAPS:
         means = {name: {"value": m["mean"]} for name, m in metrics.items()}
         value = gap(means, middle, kind) if method != "retrain" else None
-        per_seed = spread(list(table.values(model, method, kind).values()))
+        per_seed = spread(list(table.values(model, method, kind, scenario).values()))
         entry[kind] = {"value": value, **per_seed}
         if kind in paper:
             entry[kind]["paper"] = paper[kind]
     return entry
+
+
+def _cost(table: Table, scenario: str, model: str, method: str) -> dict[str, Any] | None:
+    """Images of a method's training steps over those of the reference; not of what is no method."""
+    if method == "original":
+        return None
+    found = spread(list(table.values(model, method, "cost", scenario).values()))
+    return found if found["n"] else None
 
 
 def _paper(cell: Any, reference: Any) -> dict[str, Any]:
@@ -126,15 +134,25 @@ def judge(claims: Sequence[Claim], rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Test claims: the difference over shared training seeds, with Student's interval.
 
     A claim *holds* where the whole interval is below zero, is *reversed* where it is above, and is
-    *not shown* where zero lies in it or there are fewer than two seeds.
+    *not shown* where zero lies in it or there are fewer than two seeds. A claim about rows that
+    this size does not have is left out.
     """
     table = Table(rows)
-    return [_judged(claim, table) for claim in claims]
+    found = []
+    for claim in claims:
+        there = [
+            scenario
+            for scenario in table.scenarios
+            if {(scenario, *claim.less), (scenario, *claim.than)} <= set(table.named)
+            and claim.scenario in (None, scenario)
+        ]
+        found += [_judged(claim, table, s) for s in there]
+    return found
 
 
-def _judged(claim: Claim, table: Table) -> dict[str, Any]:
-    less = table.values(*claim.less, claim.metric)
-    than = table.values(*claim.than, claim.metric)
+def _judged(claim: Claim, table: Table, scenario: str) -> dict[str, Any]:
+    less = table.values(*claim.less, claim.metric, scenario)
+    than = table.values(*claim.than, claim.metric, scenario)
     shared = sorted(set(less) & set(than))
     apart = spread([less[s] - than[s] for s in shared])
     word = "not shown"
@@ -144,6 +162,7 @@ def _judged(claim: Claim, table: Table) -> dict[str, Any]:
         word = "reversed"
     return {
         "text": claim.text,
+        "scenario": scenario,
         "metric": claim.metric,
         "less": {"of": list(claim.less), **spread([less[s] for s in shared])},
         "than": {"of": list(claim.than), **spread([than[s] for s in shared])},
@@ -159,32 +178,44 @@ def curves(recipe: Recipe, rows: Sequence[Row]) -> list[dict[str, Any]]:
     every line begins at the dense model.
     """
     table = Table(rows)
-    models = list(dict.fromkeys(model for model, _ in table.pairs))
+    drawn = []
+    for curve in recipe.curves:
+        for scenario in table.scenarios:
+            groups = _groups(recipe, table, curve, scenario)
+            drawn.append({"metric": curve.metric, "scenario": scenario, "groups": groups})
+    return drawn
+
+
+def _groups(recipe: Recipe, table: Table, curve: Curve, scenario: str) -> list[dict[str, Any]]:
+    """The lines of a curve."""
+    models = list(dict.fromkeys(model for at, model, _ in table.named if at == scenario))
     ways: dict[str, list[str]] = {}
     for model in models:
         way, _, percent = model.rpartition("-")
         if percent.replace(".", "").isdigit():
             ways.setdefault(way, [m for m in models if m == "dense"]).append(model)
     ways = ways or {"": models}
-    drawn = []
-    for curve in recipe.curves:
-        groups = []
-        for way, members in ways.items():
-            for method in curve.methods:
-                label = f"{way}, {method}" if len(ways) > 1 else method
-                groups.append(
-                    _line(recipe, table, members, method, curve.metric) | {"label": label}
-                )
-        drawn.append({"metric": curve.metric, "groups": groups})
-    return drawn
+    groups = []
+    for way, members in ways.items():
+        for method in curve.methods:
+            label = f"{way}, {method}" if len(ways) > 1 else method
+            line = _line(recipe, table, members, method, curve.metric, scenario)
+            groups.append(line | {"label": label})
+    return groups
 
 
 def _line(
-    recipe: Recipe, table: Table, models: Sequence[str], method: str, metric: str
+    recipe: Recipe,
+    table: Table,
+    models: Sequence[str],
+    method: str,
+    metric: str,
+    scenario: str,
 ) -> dict[str, Any]:
     points = []
     for model in models:
-        found, values = table.of(model, method), table.values(model, method, metric)
+        found = table.of(model, method, scenario)
+        values = table.values(model, method, metric, scenario)
         if values:
             at = float(np.mean([row["sparsity"] for row in found.values()]))
             points.append({"x": at, "model": model, **spread(list(values.values()))})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from efface.console import Run
@@ -15,30 +15,24 @@ COLUMNS = {
     "mia_auc": "MIA AUC",
     "asr": "ASR",
     "probe": "probe",
+    "mask_iou": "mask IoU",
 }
 
 
 def tables(console: Run, document: Mapping[str, Any]) -> str:
-    """Rows (mean ± std, gap in brackets), and the claims."""
+    """Rows (mean ± std, gap in brackets) for each scenario, and the claims."""
     summary = document["summary"]
-    shown = [name for name in COLUMNS if any(name in e["metrics"] for e in summary)]
-    rows = [
-        [
-            entry["model"],
-            entry["method"],
-            *(_cell(entry["metrics"].get(name)) for name in shown),
-            _percent(entry["average_gap"]["value"]),
-            _percent(entry["gap_a"]["value"]),
-            "—" if entry["seconds"]["mean"] is None else f"{entry['seconds']['mean']:.2f}",
-            str(entry["n"]),
-        ]
-        for entry in summary
-    ]
-    names = ["model", "method", *(COLUMNS[n] for n in shown), "gap", "gap-A", "s", "seeds"]
-    parts = [console.table(f"{document['title']}: per cent, gap in brackets", names, rows)]
+    scenarios = list(dict.fromkeys(entry.get("scenario", "") for entry in summary))
+    parts = []
+    for scenario in scenarios:
+        mine = [entry for entry in summary if entry.get("scenario", "") == scenario]
+        about = f", {scenario}" if scenario else ""
+        title = f"{document['title']}{about}: per cent, gap in brackets"
+        parts.append(console.table(title, *_rows(mine)))
     if document["claims"]:
         claims = [
             [
+                *([claim["scenario"]] if len(scenarios) > 1 else []),
                 claim["text"],
                 claim["metric"],
                 _difference(claim),
@@ -46,8 +40,49 @@ def tables(console: Run, document: Mapping[str, Any]) -> str:
             ]
             for claim in document["claims"]
         ]
-        parts.append(console.table("", ["claim", "metric", "difference", "found"], claims))
+        names = ["claim", "metric", "difference", "found"]
+        names = ["scenario", *names] if len(scenarios) > 1 else names
+        parts.append(console.table("", names, claims))
     return "\n".join(parts)
+
+
+def _rows(entries: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Names of the columns, and the rows; what has become of the mask where there is one."""
+    shown = [name for name in COLUMNS if any(name in e["metrics"] for e in entries)]
+    masks = any(entry.get("trace_removed") for entry in entries)
+    both = any(entry.get("trace_removed_between") for entry in entries)
+    rows = [
+        [
+            entry["model"],
+            entry["method"],
+            *(_cell(entry["metrics"].get(name)) for name in shown),
+            *([_trace(entry["trace_removed"])] if masks else []),
+            *([_trace(entry["trace_removed_between"])] if both else []),
+            *([_share(entry["cost"])] if masks else []),
+            _percent(entry["average_gap"]["value"]),
+            _percent(entry["gap_a"]["value"]),
+            "—" if entry["seconds"]["mean"] is None else f"{entry['seconds']['mean']:.2f}",
+            str(entry["n"]),
+        ]
+        for entry in entries
+    ]
+    more = [*(["both sides"] if both else []), "cost"]
+    more = ["trace removed", *more] if masks else []
+    names = ["model", "method", *(COLUMNS[n] for n in shown), *more, "gap", "gap-A", "s", "seeds"]
+    return names, rows
+
+
+def _trace(found: Mapping[str, Any] | None) -> str:
+    """The share of the trace that is gone, or that there is none."""
+    if found is None:
+        return "—"
+    if found["value"] is None:
+        return "no trace" if found["reason"].startswith("no trace") else "—"
+    return f"{_percent(found['value'])} {_interval(found)}"
+
+
+def _share(cost: Mapping[str, Any] | None) -> str:
+    return "—" if cost is None else _percent(cost["mean"])
 
 
 def _percent(value: float | None) -> str:

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from efface import predict
-from efface.checkpoint import TrainedModel
 from efface.data import TensorRecords
 from efface.errors import InputError
 from efface.seeds import generator
 from efface.stats import rate
 from efface.task import Task
+from efface.trained import TrainedModel
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from efface.report import plots
+from efface.report.bench_masks import is_base, masks
+from efface.report.bench_stability import stability_section
 from efface.report.html import render
 from efface.report.words import closeness, interval, metric, number, significant
 
@@ -35,22 +37,44 @@ def bench_page(document: Mapping[str, Any]) -> str:
     """
     entries = document["summary"]
     columns = [name for name in COLUMNS if any(name in e["metrics"] for e in entries)]
-    models = list(dict.fromkeys(entry["model"] for entry in entries))
+    names = list(dict.fromkeys(entry.get("scenario", "") for entry in entries))
+    claims = [_claim(claim) for claim in document["claims"]]
     return render(
         "bench.html.j2",
         bench=document,
         columns=[(name, metric(name)) for name in columns],
-        sections=[_section(document, model, columns) for model in models],
-        claims=[_claim(claim) for claim in document["claims"]],
-        dots=[_dots(entries, kind, text) for kind, text in _GAPS if _has(entries, kind)],
+        scenarios=[_scenario(document, name, columns, i) for i, name in enumerate(names)],
+        traces=any(entry.get("trace_removed") for entry in entries),
+        claims=claims,
+        claimed_in=any(claim["scenario"] for claim in claims),
         curves=[_curve(curve, i) for i, curve in enumerate(document["curves"])],
         influence=_influence(document.get("influence")),
+        stability=stability_section(document.get("stability")),
         search=[_searched(found) for found in document["search"]],
         failed=[row for row in document["rows"] if row["status"] != "ok"],
     )
 
 
-_NAMES = {"average_gap": "average gap", "gap_a": "gap-A", "seconds": "seconds"}
+def _scenario(
+    document: Mapping[str, Any], name: str, columns: Sequence[str], index: int
+) -> dict[str, Any]:
+    """All models of a scenario; a recipe with one forget set has one, without a name."""
+    entries = [e for e in document["summary"] if e.get("scenario", "") == name]
+    models = list(dict.fromkeys(entry["model"] for entry in entries))
+    plan = (document["plan"].get("scenarios") or {}).get(name, {})
+    asked = {k: v for k, v in plan.get("forget", {}).items() if v not in (None, 0, 0.0, {}, [])}
+    return {
+        "name": name,
+        "forget": ", ".join(f"{k.replace('_', ' ')} = {v}" for k, v in asked.items()),
+        "sections": [
+            _section([e for e in entries if e["model"] == model], model, columns, f"{index}-{i}")
+            for i, model in enumerate(models)
+        ],
+        "dots": [_dots(entries, kind, text, index) for kind, text in _GAPS if _has(entries, kind)],
+    }
+
+
+_NAMES = {"average_gap": "average gap", "gap_a": "gap-A", "seconds": "seconds", "cost": "cost"}
 _GAPS = (
     ("average_gap", "average gap to retraining, points (left is better)"),
     ("gap_a", "gap-A, points (left is better)"),
@@ -61,13 +85,15 @@ def _has(entries: Sequence[Mapping[str, Any]], kind: str) -> bool:
     return any(entry[kind]["mean"] is not None for entry in entries)
 
 
-def _section(document: Mapping[str, Any], model: str, columns: Sequence[str]) -> dict[str, Any]:
-    entries = [entry for entry in document["summary"] if entry["model"] == model]
+def _section(
+    entries: Sequence[Mapping[str, Any]], model: str, columns: Sequence[str], salt: str
+) -> dict[str, Any]:
     sparsity = next((e["sparsity"] for e in entries if e["sparsity"]), 0.0)
     return {
         "model": model,
         "sparsity": number(sparsity, "percent") if sparsity else "",
         "rows": [_row(entry, columns) for entry in entries],
+        "masks": masks(entries, f"masks-{salt}"),
     }
 
 
@@ -77,7 +103,7 @@ def _row(entry: Mapping[str, Any], columns: Sequence[str]) -> dict[str, Any]:
     return {
         "method": entry["method"],
         "n": entry["n"],
-        "base": entry["method"] in ("original", "retrain"),
+        "base": is_base(entry["method"]),
         "cells": [_cell(entry["metrics"].get(name), metric(name).kind) for name in columns],
         "average": number(average["value"], "percent", False),
         "average_seeds": _spread(average, "percent"),
@@ -126,8 +152,10 @@ def _claim(claim: Mapping[str, Any]) -> dict[str, Any]:
     tone, icon = _TONES[claim["verdict"]]
     apart = claim["difference"]
     kind = {"mia_auc": "score", "seconds": "seconds"}.get(claim["metric"], "percent")
+    kind = "score" if claim["metric"].startswith("mask_") else kind
     return {
         "text": claim["text"],
+        "scenario": claim.get("scenario", ""),
         "less": " · ".join(claim["less"]["of"]),
         "than": " · ".join(claim["than"]["of"]),
         "values": (_spread(claim["less"], kind), _spread(claim["than"], kind)),
@@ -141,7 +169,7 @@ def _claim(claim: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _dots(entries: Sequence[Mapping[str, Any]], kind: str, text: str) -> dict[str, Any]:
+def _dots(entries: Sequence[Mapping[str, Any]], kind: str, text: str, index: int) -> dict[str, Any]:
     rows = [
         {
             "label": f"{e['method']} · {e['model']}",
@@ -158,7 +186,7 @@ def _dots(entries: Sequence[Mapping[str, Any]], kind: str, text: str) -> dict[st
     rows.sort(key=lambda row: order[row["label"].split(" · ")[0]])
     return {
         "title": "Average gap" if kind == "average_gap" else "Gap-A",
-        "svg": plots.interval_dots(rows, text, f"dots-{kind}"),
+        "svg": plots.interval_dots(rows, text, f"dots-{kind}{index or ''}"),
         "paper": any(row["paper"] is not None for row in rows),
     }
 
@@ -173,6 +201,7 @@ def _curve(curve: Mapping[str, Any], index: int) -> dict[str, Any]:
     label = f"{name}, {'points' if curve['metric'] in ('average_gap', 'gap_a') else '%'}"
     return {
         "title": how.label if how.short else name.capitalize(),
+        "scenario": curve.get("scenario", ""),
         "svg": plots.against(groups, places, "weights removed, %", label, f"curve{index}"),
         "legend": [
             {"label": g["label"], "place": place} for g, place in zip(groups, places, strict=True)
@@ -188,6 +217,7 @@ def _searched(found: Mapping[str, Any]) -> dict[str, Any]:
         )
 
     return {
+        "scenario": found.get("scenario", ""),
         "model": found["model"],
         "method": found["method"],
         "chosen": text(found["chosen"]),

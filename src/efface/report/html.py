@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from efface.report import plots
+from efface.report import plots, topology
 from efface.report.words import (
     DASH,
     VERDICTS,
@@ -53,6 +53,11 @@ def audit_page(result: AuditResult) -> str:
     """
     subject = result.subject
     rows = [_finding(finding) for finding in result.findings]
+    shape = topology.section(result.findings, rows, "m")
+    # in a section of their own, where there is one; else the reason once
+    plain = [r for r in rows if not topology.is_topology(r)] + [
+        r for r in rows if shape is None and r["name"] == "mask_iou"
+    ]
     average = {"average gap": result.average_gap, "gap-A": result.gap_a}
     return render(
         "audit.html.j2",
@@ -61,9 +66,10 @@ def audit_page(result: AuditResult) -> str:
         selection=_selection(subject.get("selector")),
         verdict=_verdict(result.verdict),
         averages=[_average(name, gap) for name, gap in average.items()],
-        compared=[row for row in rows if row["compared"]],
-        others=[row for row in rows if not row["compared"]],
-        findings=rows,
+        compared=[row for row in plain if row["compared"]],
+        others=[row for row in plain if not row["compared"]],
+        findings=rows if shape else plain,
+        topology=shape,
         pictures=_pictures(result.to_dict(), "a"),
         layers=_layers(subject),
         costs=_costs(subject.get("cost") or {}),
@@ -179,7 +185,7 @@ def _pictures(audit: Mapping[str, Any], salt: str) -> list[dict[str, Any]]:
     found = []
     for index, finding in enumerate(audit["findings"]):
         series = finding.get("series")
-        if not series:
+        if not series or series["kind"] == "topology":
             continue
         key, kind = f"{salt}{index}", series["kind"]
         if kind == "histogram":

@@ -117,15 +117,68 @@ METRICS = {
         "those kept by either (intersection over union).",
         "mask IoU",
     ),
+    "mask_iom": Metric(
+        "Overlap, of the smaller choice",
+        "score",
+        "The same, among the connections that the sparser of the two keeps (intersection over "
+        "minimum).",
+        "mask IoM",
+    ),
     "mask_iou_chance": Metric(
         "Overlap by chance",
         "score",
-        "The overlap that two random choices of connections of the same size would have.",
+        "The overlap that two random choices of connections would have, with as many in each "
+        "layer.",
+    ),
+    "mask_iou_initial": Metric(
+        "Overlap of the largest initial weights",
+        "score",
+        "The overlap with retraining of a choice that saw no data at all: the connections that "
+        "were largest before training. An overlap up to here is no trace of any record.",
     ),
     "mask_iou_ceiling": Metric(
         "Overlap between two retrained models",
         "score",
         "The overlap that two retrained models have with each other: more cannot be expected.",
+    ),
+    "mask_iou_other_init": Metric(
+        "Overlap with retraining from other initial weights",
+        "score",
+        "The same with retrained models that began elsewhere: all that is to be seen without the "
+        "initial weights.",
+    ),
+    "mask_trace": Metric(
+        "Trace in the topology",
+        "score",
+        "How much more retrained models overlap with each other than with the original: what the "
+        "forgotten records did to the choice of connections. The interval says whether it could be "
+        "the chance of one training.",
+        "ceiling − IoU before",
+    ),
+    "mask_trace_between": Metric(
+        "Difference between models with and without the records",
+        "score",
+        "How much more models of one kind overlap with one another than with models of the other "
+        "kind; 0 if the records leave nothing.",
+    ),
+    "mask_trace_removed": Metric(
+        "Share of the trace removed",
+        "percent",
+        "How far the update moved the topology from the original's towards retraining's: 0 % not "
+        "at all, 100 % as far as retraining does. Below 0 %: away from it.",
+    ),
+    "mask_membership": Metric(
+        "Place between models with and without the records",
+        "score",
+        "Judged by the choice of connections alone: 0, like models that saw the records; 1, like "
+        "models that did not.",
+    ),
+    "mask_membership_auc": Metric(
+        "Topology tells who saw the records",
+        "score",
+        "How well the choice of connections alone ranks models without the records above models "
+        "with them: 0.5 is guessing, 1 is certainty.",
+        "mask AUC",
     ),
     "rte_seconds": Metric(
         "Time to forget", "seconds", "Wall-clock time of the forgetting itself.", "RTE"

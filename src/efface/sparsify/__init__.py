@@ -9,9 +9,11 @@ from typing import Any
 
 from efface.errors import MethodError, nearest
 from efface.options import check_known, convert
+from efface.sparsify.compaction import compact
 from efface.sparsify.criteria import (
     CRITERIA,
     Criterion,
+    Gradient,
     Grasp,
     Magnitude,
     Random,
@@ -19,20 +21,36 @@ from efface.sparsify.criteria import (
     SynFlow,
     Taylor,
 )
-from efface.sparsify.parts import Pruner, initial_weights, rewind_epoch
+from efface.sparsify.filters import FILTER_CRITERIA, filter_scores, select_filters
+from efface.sparsify.groups import (
+    Group,
+    Groups,
+    filter_groups,
+    is_structured,
+    kept_filters,
+    mask_of,
+)
+from efface.sparsify.parts import Pruner, rewind_epoch
 from efface.sparsify.rewinding import IMP, OMP, AtInit
 from efface.sparsify.schedules import Gradual, OneShot
 from efface.sparsify.selection import dead_layers, narrow, select
+from efface.sparsify.sfp import SFP
+from efface.trained import TrainedModel
 
 __all__ = [
     "CRITERIA",
+    "FILTER_CRITERIA",
     "IMP",
     "OMP",
     "PRUNERS",
+    "SFP",
     "AtInit",
     "Criterion",
+    "Gradient",
     "Gradual",
     "Grasp",
+    "Group",
+    "Groups",
     "Magnitude",
     "OneShot",
     "Pruner",
@@ -41,15 +59,22 @@ __all__ = [
     "SynFlow",
     "Taylor",
     "build_pruner",
+    "compact",
     "dead_layers",
-    "initial_weights",
+    "filter_groups",
+    "filter_scores",
+    "is_structured",
+    "kept_filters",
+    "made_by",
+    "mask_of",
     "narrow",
     "rewind_epoch",
     "select",
+    "select_filters",
 ]
 
 PRUNERS: dict[str, Callable[..., Pruner]] = {
-    **{cls.name: cls for cls in (OneShot, OMP, IMP, Gradual, AtInit)},
+    **{cls.name: cls for cls in (OneShot, OMP, IMP, Gradual, AtInit, SFP)},
     **{name: partial(AtInit, criterion=name) for name in ("synflow", "snip", "grasp")},
     **{name: partial(OneShot, criterion=name) for name in ("magnitude", "taylor", "random")},
 }
@@ -84,3 +109,32 @@ def build_pruner(name: str, options: Mapping[str, Any] | None = None) -> Pruner:
             )
         values[option] = convert(name, option, value, hints[option])
     return factory(**values)  # type: ignore[no-any-return]
+
+
+def made_by(trained: TrainedModel) -> Pruner | None:
+    """The pruner that made a model's mask; None where efface did not.
+
+    Example:
+        >>> import torch, efface
+        >>> x = torch.randn(64, 4); y = (x[:, 0] > 0).long()
+        >>> task = efface.Task(lambda: efface.networks.MLP((4, 8, 2)), (x, y), (x, y))
+        >>> made_by(efface.prune(efface.train(task), OneShot(sparsity=0.5, recovery=0))).sparsity
+        0.5
+    """
+    methods = [step.method for step in reversed(trained.lineage)]
+    for method in methods if trained.maker is None else [trained.maker]:
+        options = _pruner_in(method)
+        if options is not None:
+            return build_pruner(options.pop("method"), options) if options else None
+    return None
+
+
+def _pruner_in(method: Any) -> dict[str, Any] | None:
+    """The options of the last pruner in a method's settings; empty where a mask was given."""
+    if not isinstance(method, Mapping):
+        return None
+    if method.get("method") in PRUNERS:
+        return dict(method)
+    found = [_pruner_in(value) for value in method.values()]
+    last = next((options for options in reversed(found) if options is not None), None)
+    return {} if last is None and method.get("method") == "masked" else last

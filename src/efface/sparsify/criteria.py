@@ -135,6 +135,34 @@ class Snip:
 
 
 @dataclass(frozen=True)
+class Gradient:
+    """Size of the gradient ``|∂L/∂θ|``: which pruned weights to grow in RigL (Evci et al. 2020).
+
+    The gradient is summed over all batches before the absolute value is taken.
+
+    Args:
+        batch_stats: Batch norm uses each batch's own statistics, as in training.
+
+    Example:
+        ``Gradient()(network, batches, fit.loss)``
+    """
+
+    name: ClassVar[str] = "gradient"
+    needs_data: ClassVar[bool] = True
+
+    batch_stats: bool = False
+
+    def __call__(
+        self, network: nn.Module, batches: Iterable[Batch], loss: Loss = cross_entropy
+    ) -> dict[str, Tensor]:
+        """Scores of every parameter with two or more dimensions."""
+        data, twin = _given(self, batches), _twin(network, self.batch_stats)
+        params = _scored(twin)
+        total = _summed(_gradients(params, loss(twin, batch)) for batch in data)
+        return {name: gradient.abs() for name, gradient in total.items()}
+
+
+@dataclass(frozen=True)
 class Taylor:
     """First-order Taylor importance ``Σ_b (θ · ∂L_b/∂θ)²`` (Molchanov et al. 2019).
 
@@ -272,7 +300,7 @@ class SynFlow:
 
 
 CRITERIA: dict[str, type[Any]] = {
-    c.name: c for c in (Magnitude, Random, Snip, Taylor, Grasp, SynFlow)
+    c.name: c for c in (Magnitude, Random, Snip, Gradient, Taylor, Grasp, SynFlow)
 }
 
 

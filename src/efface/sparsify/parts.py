@@ -13,13 +13,15 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from efface.checkpoint import TrainedModel, weights_digest
 from efface.data import Batch, Stream, chunks, order
-from efface.errors import MethodError, MismatchError, NeedsError, listed, nearest
+from efface.errors import MethodError, NeedsError, listed, nearest
 from efface.fitting import Fit, History
 from efface.mask import Mask, scope_names
+from efface.replay import initial_weights
 from efface.sparsify.criteria import CRITERIA, Criterion
+from efface.sparsify.norms import NORMS
 from efface.sparsify.selection import check_granularity, dead_layers
+from efface.trained import TrainedModel
 
 Scope = Literal["weights", "conv", "all"]
 To = Literal["rewind", "initial", "none"]
@@ -67,8 +69,13 @@ def check_pruner(pruner: Any) -> None:
     if lr is not None and not 0 < lr < math.inf:
         raise MethodError(f"lr must be positive, not {lr}.")
     criterion = options.get("criterion", "magnitude")
-    if criterion not in CRITERIA:
-        raise MethodError(f"criterion {criterion!r} is unknown; {nearest(criterion, CRITERIA)}")
+    if criterion not in CRITERIA and criterion not in NORMS:
+        hint = nearest(criterion, [*CRITERIA, *NORMS])
+        raise MethodError(f"criterion {criterion!r} is unknown; {hint}")
+    if criterion in NORMS and pruner.granularity != "filter":
+        raise MethodError(
+            f"{pruner.name}: criterion {criterion!r} scores whole filters; take granularity=filter."
+        )
 
 
 def scope_of(trained: TrainedModel, scope: str) -> list[str]:
@@ -83,13 +90,12 @@ def sparsity_within(mask: Mask | None, trained: TrainedModel, scope: list[str]) 
     return gone / sum(sizes[name] for name in scope) if scope else 0.0
 
 
-def denser(pruner: Any, trained: TrainedModel, scope: list[str]) -> float:
+def denser(pruner: Any, there: float) -> float:
     """The sparsity that a model has, which must not be above a pruner's.
 
     Raises:
         MethodError: If it is.
     """
-    there = sparsity_within(trained.mask, trained, scope)
     if there > pruner.sparsity:
         raise MethodError(
             f"{pruner.name}: the model is pruned to {there:.4g} already, beyond {pruner.sparsity}; "
@@ -104,7 +110,7 @@ def score(
     """A criterion's scores of a model.
 
     Args:
-        name: Of the criterion.
+        name: Of the criterion, one for weights.
         trained: The model.
         batches: What :func:`shown` gives for the criterion.
         fit: Supplies loss, device and randomness.
@@ -129,7 +135,7 @@ def shown(name: str, positions: Tensor, fit: Fit) -> list[Batch]:
     Up to ten records of each class (512 at most), drawn from the positions, un-augmented, in
     batches of the task's size.
     """
-    if not CRITERIA[name].needs_data:
+    if name in NORMS or not CRITERIA[name].needs_data:
         return []
     plan = chunks(score_records(positions, fit), fit.task.fit.batch_size)
     return list(fit.task.records.batches(plan, fit.device))
@@ -209,10 +215,10 @@ def start_of(trained: TrainedModel, to: To, fit: Fit) -> Start:
         return Start(None, 0)
     if to == "initial":
         return Start(initial_weights(trained, fit), 0)
-    if any(step.verb == "forget" for step in trained.lineage):
+    if trained.rewind is None and any(step.verb == "forget" for step in trained.lineage):
         raise NeedsError(
-            "early weights were trained on records that the model has forgotten since, and would "
-            "bring them back; take to=initial, to=none, or one-shot."
+            "early weights were trained on records that the model has forgotten since, would bring "
+            "them back, and are gone; take to=initial, to=none, or one-shot."
         )
     epoch = rewind_epoch(trained)
     if trained.rewind is None or epoch is None:
@@ -228,24 +234,3 @@ def rewind_epoch(trained: TrainedModel) -> int | None:
     step = trained.trained_by()
     epoch = step.detail.get("rewind_epoch") if step is not None else None
     return None if epoch is None or trained.rewind is None else int(epoch)
-
-
-def initial_weights(trained: TrainedModel, fit: Fit) -> dict[str, Tensor]:
-    """The state dict that a model's training began with, made again from its seed.
-
-    Raises:
-        NeedsError: If nobody knows: the model was trained elsewhere.
-        MismatchError: If the network that the task makes today begins otherwise.
-    """
-    if trained.initial is None:
-        raise NeedsError(
-            "pruning at initialisation needs the initial weights, which are not known for a model "
-            "that was adopted or began from given weights; train it with efface train."
-        )
-    state = replace(fit, seed=int(trained.initial["seed"])).fresh().state_dict()
-    if weights_digest(state) != trained.initial["digest"]:
-        raise MismatchError(
-            "the task's network no longer begins with this model's initial weights (another "
-            "version of torch, or a changed network); train the model again with efface train."
-        )
-    return state

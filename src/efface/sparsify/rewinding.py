@@ -10,14 +10,13 @@ from torch import Tensor
 from efface.checkpoint import TrainedModel
 from efface.errors import MethodError
 from efface.fitting import Fit
-from efface.sparsify.criteria import Magnitude
+from efface.replay import initial_weights
+from efface.sparsify.filters import Choice
 from efface.sparsify.parts import (
     Scope,
     Start,
     To,
     check_pruner,
-    denser,
-    initial_weights,
     install,
     recover,
     scope_of,
@@ -51,8 +50,8 @@ class OMP:
 
     Args:
         sparsity: Fraction of the scope to prune, in [0, 1).
-        criterion: Name of the criterion.
-        granularity: ``global``, ``layer`` or a pattern such as ``2:4``.
+        criterion: Name of the criterion; for filters also ``l1``, ``l2``, ``geometric-median``.
+        granularity: ``global``, ``layer``, a pattern such as ``2:4``, or ``filter``.
         scope: ``weights`` (two or more dimensions, without the classifier), ``conv`` or ``all``.
         to: Go back to the ``rewind`` weights, the ``initial`` ones, or ``none`` (stay).
         epochs: Epochs of training under the mask; ``None`` takes what is left of the task's.
@@ -85,9 +84,7 @@ class OMP:
     def __call__(self, trained: TrainedModel, positions: Tensor, fit: Fit) -> None:
         """Prune a model in place; ``positions`` are the records that it is trained on."""
         start = start_of(trained, self.to, fit)
-        scores = score(self.criterion, trained, shown(self.criterion, positions, fit), fit)
-        scope = scope_of(trained, self.scope)
-        mask = narrow(scores, self.sparsity, scope, self.granularity, trained.mask)
+        mask = Choice.of(self, trained, fit).mask(self.sparsity, fit, positions)
         start.restore(trained)
         install(trained, mask, self.allow_dead_layers)
         _again(start, trained, positions, fit.at("again"), "train again", self.epochs)
@@ -105,7 +102,8 @@ class IMP:
     Args:
         sparsity: Final fraction of the scope to prune, in [0, 1).
         rate: Fraction of what is left that a round prunes, in (0, 1).
-        granularity: ``global``, ``layer`` or a pattern such as ``2:4`` (reached in the last round).
+        granularity: ``global``, ``layer``, ``filter`` or a pattern such as ``2:4`` (reached in the
+            last round).
         scope: ``weights`` (two or more dimensions, without the classifier), ``conv`` or ``all``.
         to: Go back to the ``rewind`` weights, the ``initial`` ones, or ``none`` (stay).
         epochs: Epochs of a round; ``None`` takes what is left of the task's.
@@ -151,11 +149,10 @@ class IMP:
     def __call__(self, trained: TrainedModel, positions: Tensor, fit: Fit) -> None:
         """Prune a model in place; ``positions`` are the records that it is trained on."""
         start = start_of(trained, self.to, fit)
-        scope = scope_of(trained, self.scope)
-        goals = self.rounds(denser(self, trained, scope))
+        choice = Choice.of(self, trained, fit)
+        goals = self.rounds(choice.pruned())
         for k, goal in enumerate(goals, 1):
-            scores = Magnitude()(trained.network, ())
-            mask = narrow(scores, goal, scope, self.granularity, trained.mask)
+            mask = choice.mask(goal, fit)
             start.restore(trained)
             install(trained, mask, self.allow_dead_layers)
             label = f"round {k} of {len(goals)}"
@@ -199,6 +196,11 @@ class AtInit:
 
     def __post_init__(self) -> None:
         check_pruner(self)
+        if self.granularity == "filter":
+            raise MethodError(
+                "at-init prunes single weights only; for whole filters take sfp, or one-shot, omp, "
+                "imp or gradual with granularity=filter."
+            )
         if self.rounds is not None and self.rounds < 1:
             raise MethodError(f"rounds must be 1 or more, not {self.rounds}.")
 

@@ -10,18 +10,9 @@ from torch import Tensor, nn
 from efface.checkpoint import TrainedModel
 from efface.errors import MethodError
 from efface.fitting import Clock, Fit, History
-from efface.sparsify.criteria import Magnitude
-from efface.sparsify.parts import (
-    Scope,
-    check_pruner,
-    denser,
-    install,
-    recover,
-    scope_of,
-    score,
-    shown,
-)
-from efface.sparsify.selection import Granularity, narrow
+from efface.sparsify.filters import Choice
+from efface.sparsify.parts import Scope, check_pruner, install, recover
+from efface.sparsify.selection import Granularity
 
 
 def half(epochs: int) -> int:
@@ -35,9 +26,10 @@ class OneShot:
 
     Args:
         sparsity: Fraction of the scope to prune, in [0, 1).
-        criterion: Name of the criterion.
+        criterion: Name of the criterion; for filters also ``l1``, ``l2``, ``geometric-median``.
         granularity: Compare scores over all weights (``global``), per weight (``layer``), or within
-            groups (``2:4`` keeps 2 of every 4 inputs).
+            groups (``2:4`` keeps 2 of every 4 inputs); or prune whole filters (``filter``), the
+            same fraction of every group.
         scope: ``weights`` (two or more dimensions, without the classifier), ``conv`` or ``all``.
         recovery: Epochs of training under the mask; ``None`` takes half of the task's.
         lr: Peak rate of the recovery; ``None`` takes the task's.
@@ -65,9 +57,7 @@ class OneShot:
 
     def __call__(self, trained: TrainedModel, positions: Tensor, fit: Fit) -> None:
         """Prune a model in place; ``positions`` are the records that the recovery may see."""
-        scores = score(self.criterion, trained, shown(self.criterion, positions, fit), fit)
-        scope = scope_of(trained, self.scope)
-        mask = narrow(scores, self.sparsity, scope, self.granularity, trained.mask)
+        mask = Choice.of(self, trained, fit).mask(self.sparsity, fit, positions)
         install(trained, mask, self.allow_dead_layers)
         epochs = half(fit.task.fit.epochs) if self.recovery is None else self.recovery
         recover(trained, positions, fit.at("recovery"), "recover", epochs=epochs, lr=self.lr)
@@ -83,7 +73,7 @@ class Gradual:
 
     Args:
         sparsity: Final fraction of the scope to prune, in [0, 1).
-        granularity: ``global``, ``layer`` or a pattern such as ``2:4``.
+        granularity: ``global``, ``layer``, a pattern such as ``2:4``, or ``filter``.
         scope: ``weights`` (two or more dimensions, without the classifier), ``conv`` or ``all``.
         epochs: All epochs of training; ``None`` takes half of the task's.
         lr: Peak rate; ``None`` takes the task's.
@@ -115,8 +105,8 @@ class Gradual:
     def __call__(self, trained: TrainedModel, positions: Tensor, fit: Fit) -> None:
         """Prune a model in place; ``positions`` are the records that it is trained on."""
         epochs = half(fit.task.fit.epochs) if self.epochs is None else self.epochs
-        scope = scope_of(trained, self.scope)
-        narrowing = _Narrowing(self, trained, scope, epochs, denser(self, trained, scope))
+        choice = Choice.of(self, trained, fit)
+        narrowing = _Narrowing(self, choice, fit, epochs, choice.pruned())
         if epochs == 0:
             narrowing.to(1.0)
         recover(
@@ -137,8 +127,8 @@ class _Narrowing:
     """
 
     pruner: Gradual
-    trained: TrainedModel
-    scope: list[str]
+    choice: Choice
+    fit: Fit
     epochs: int
     begin: float
 
@@ -150,8 +140,7 @@ class _Narrowing:
 
     def to(self, t: float) -> None:
         """Narrow it to a fraction of the way."""
-        final, trained = self.pruner.sparsity, self.trained
+        final = self.pruner.sparsity
         goal = final + (self.begin - final) * (1 - t) ** 3
-        scores = Magnitude()(trained.network, ())
-        mask = narrow(scores, goal, self.scope, self.pruner.granularity, trained.mask)
-        install(trained, mask, self.pruner.allow_dead_layers)
+        mask = self.choice.mask(goal, self.fit)
+        install(self.choice.trained, mask, self.pruner.allow_dead_layers)

@@ -13,7 +13,7 @@ from efface.errors import MethodError, MismatchError, listed
 from efface.mask import Mask
 
 Granularity = str
-"""``"global"``, ``"layer"``, or a pattern such as ``"2:4"``."""
+"""``"global"``, ``"layer"``, a pattern such as ``"2:4"``, or ``"filter"`` (whole filters)."""
 
 
 def select(
@@ -41,7 +41,8 @@ def select(
         granularity: What is compared with what.
 
     Raises:
-        MethodError: If the sparsity is not in [0, 1), or not that of the pattern.
+        MethodError: If the sparsity is not in [0, 1), or not that of the pattern, or filters are
+            asked for (:func:`efface.sparsify.filters.select_filters`).
         MismatchError: If scores are missing for a name, or the scope is empty.
 
     Example:
@@ -50,6 +51,8 @@ def select(
         [True, False, True, False]
     """
     check_granularity(sparsity, granularity)
+    if granularity == "filter":
+        raise MethodError("filters are not chosen by single weights; take select_filters.")
     absent = [name for name in scope if name not in scores]
     if not scope:
         raise MismatchError("the scope holds no weights to prune; take scope=all or weights.")
@@ -112,7 +115,7 @@ def narrow(
 
 
 def pattern(granularity: Granularity) -> tuple[int, int] | None:
-    """``n`` and ``m`` of a pattern, or None for ``global`` and ``layer``.
+    """``n`` and ``m`` of a pattern, or None for ``global``, ``layer`` and ``filter``.
 
     Raises:
         MethodError: If it is neither.
@@ -120,12 +123,13 @@ def pattern(granularity: Granularity) -> tuple[int, int] | None:
     >>> pattern("2:4"), pattern("layer")
     ((2, 4), None)
     """
-    if granularity in ("global", "layer"):
+    if granularity in ("global", "layer", "filter"):
         return None
     found = re.fullmatch(r"(\d{1,4}):(\d{1,4})", granularity)
     if not found or not 0 < int(found[1]) < int(found[2]):
         raise MethodError(
-            f"granularity must be global, layer or a pattern such as 2:4, not {granularity!r}."
+            "granularity must be global, layer, filter or a pattern such as 2:4, not "
+            f"{granularity!r}."
         )
     return int(found[1]), int(found[2])
 

@@ -24,8 +24,11 @@ from efface.unlearn.base import (
     filled,
     to_json,
 )
+from efface.unlearn.certified import Certified
+from efface.unlearn.difference import CheckpointDifference
 from efface.unlearn.finetune import FineTune, L1Sparse
 from efface.unlearn.fisher import FisherForgetting
+from efface.unlearn.from_dense import FromDense
 from efface.unlearn.influence import Influence
 from efface.unlearn.logit_off import LogitOff
 from efface.unlearn.proximal import ProximalL1
@@ -35,12 +38,16 @@ from efface.unlearn.salun import SalUn
 from efface.unlearn.scrub import Scrub
 from efface.unlearn.sfron import SFRon
 from efface.unlearn.ssd import SSD
+from efface.unlearn.unprune import Unprune
 
 __all__ = [
     "SSD",
+    "Certified",
     "Chain",
+    "CheckpointDifference",
     "FineTune",
     "FisherForgetting",
+    "FromDense",
     "GradientAscent",
     "Influence",
     "L1Sparse",
@@ -55,6 +62,7 @@ __all__ = [
     "SalUn",
     "Scrub",
     "Unlearner",
+    "Unprune",
     "build",
     "catalogue",
     "check_needs",
@@ -70,6 +78,7 @@ ALIASES = {
     "l1": "l1-sparse",
     "ff": "fisher-forgetting",
     "iu": "influence",
+    "cu": "certified",
 }
 
 
@@ -196,10 +205,16 @@ def _entry(cls: type[Any]) -> dict[str, Any]:
         "name": cls.name,
         "title": cls.title,
         "paper": cls.paper,
-        "needs": sorted(cls.needs if hasattr(cls, "needs") else cls().requires),
+        "needs": sorted(_needs(cls)),
         "options": options,
         "doc": inspect.getdoc(cls) or "",
     }
+
+
+def _needs(cls: type[Any]) -> frozenset[str]:
+    """What a method or pruner needs as it is by default."""
+    declared = cls.needs if hasattr(cls, "needs") else cls().requires
+    return declared if isinstance(declared, frozenset) else cls().needs
 
 
 def _default(field: dataclasses.Field[Any]) -> str:

@@ -30,7 +30,10 @@ class Unlearner(Protocol):
     name: ClassVar[str]
     title: ClassVar[str]
     paper: ClassVar[str]
-    needs: ClassVar[frozenset[str]]
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What must be there: keys of :data:`NEEDS`."""
 
     def __call__(self, trained: TrainedModel, split: Split, fit: Fit, /) -> None:
         """Edit ``trained`` in place."""
@@ -48,15 +51,33 @@ NEEDS: dict[str, tuple[str, str]] = {
         "rewind weights",
         "train with --rewind EPOCH (a model that was made to forget keeps none)",
     ),
-    "initial": ("initial weights", "train it with efface train; an adopted model has none"),
+    "initial": (
+        "initial weights",
+        "train it with efface train, or adopt it with --initial FILE; unprune can also take "
+        "values=random or values=zero",
+    ),
+    "dense": ("the dense weights", "prune with --keep-dense (a model that forgot keeps none)"),
 }
 
 
 def needs_of(method: Unlearner) -> frozenset[str]:
-    """What a method and everything inside it needs."""
+    """What a method and everything inside it needs, without what one of them provides before."""
+    there: frozenset[str] = getattr(method, "provides", frozenset())
+    needs = method.needs
+    for value in vars(method).values():
+        if isinstance(value, Unlearner):
+            needs |= needs_of(value) - there
+            there |= _provides(value)
+        elif isinstance(value, Pruner):
+            needs |= value.requires
+    return needs
+
+
+def _provides(method: Unlearner) -> frozenset[str]:
+    """What a method leaves for those that come after it."""
+    own: frozenset[str] = getattr(method, "provides", frozenset())
     inner = [value for value in vars(method).values() if isinstance(value, Unlearner)]
-    pruners = [value for value in vars(method).values() if isinstance(value, Pruner)]
-    return method.needs.union(*(needs_of(m) for m in inner), *(p.requires for p in pruners))
+    return own.union(*(_provides(m) for m in inner))
 
 
 def check_needs(method: Unlearner, trained: TrainedModel, split: Split) -> None:
@@ -69,9 +90,10 @@ def check_needs(method: Unlearner, trained: TrainedModel, split: Split) -> None:
         "retain": len(split.retain) > 0,
         "forget": len(split.forget) > 0,
         "class": split.label is not None,
-        "mask": trained.mask is not None or isinstance(method, PruneFirst | Masked),
+        "mask": trained.mask is not None,
         "rewind": trained.rewind is not None,
         "initial": trained.initial is not None,
+        "dense": trained.dense is not None,
     }
     for need in sorted(needs_of(method)):
         if not there[need]:
@@ -163,6 +185,7 @@ class Masked:
     title: ClassVar[str] = "Under a given mask"
     paper: ClassVar[str] = "Jia et al. 2023"
     needs: ClassVar[frozenset[str]] = frozenset()
+    provides: ClassVar[frozenset[str]] = frozenset({"mask"})
 
     inner: Unlearner
     mask: Mask
@@ -170,6 +193,7 @@ class Masked:
     def __call__(self, trained: TrainedModel, split: Split, fit: Fit) -> None:
         """Edit ``trained`` in place."""
         trained.set_mask(self.mask)
+        trained.maker = {}
         self.inner(trained, split, fit)
 
 
@@ -196,6 +220,7 @@ class PruneFirst:
     title: ClassVar[str] = "Prune first, then unlearn"
     paper: ClassVar[str] = "Jia et al. 2023"
     needs: ClassVar[frozenset[str]] = frozenset({"retain"})
+    provides: ClassVar[frozenset[str]] = frozenset({"mask"})
 
     pruner: Pruner = field(default_factory=OneShot)
     inner: Unlearner = field(default_factory=_fine_tune)
@@ -203,6 +228,7 @@ class PruneFirst:
     def __call__(self, trained: TrainedModel, split: Split, fit: Fit) -> None:
         """Edit ``trained`` in place."""
         self.pruner(trained, split.retain, fit.at("prune"))
+        trained.maker = to_json(self.pruner)
         self.inner(trained, split, fit.at("inner"))
 
 

@@ -9,18 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset, TensorDataset
 
-from efface.checkpoint import TrainedModel, weights_digest
 from efface.data import Stream
 from efface.errors import NeedsError
 from efface.fitting import Fit, History
 from efface.placement import preserved
-from efface.seeds import seed_for, seed_torch
+from efface.seeds import own_seed, seed_for, seed_torch
 from efface.task import Split
-
-
-def own_seed(seed: int) -> int:
-    """A retrained model's seed: shares nothing with a model trained under the same number."""
-    return seed_for(seed, "retrain")
+from efface.trained import TrainedModel, weights_digest
 
 
 def train_from(fit: Fit, network: nn.Module, positions: Tensor, *, label: str = "train") -> History:
@@ -78,6 +73,7 @@ class Retrain:
         fit = replace(fit, seed=own_seed(fit.seed), path="train")
         fresh = fit.fresh()
         trained.initial = {"seed": fit.seed, "digest": weights_digest(fresh.state_dict())}
+        trained.initial_weights = None
         refresh(trained.network, fresh)
         trained.set_mask(trained.mask)
         train_from(fit, trained.network, split.retain, label=self.name)

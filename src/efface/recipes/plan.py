@@ -1,0 +1,356 @@
+"""What a recipe asks for at one size: task, forget sets, models, methods. Unknown keys are errors.
+
+A size has one forget set (``forget``, and ``proxy`` to search on), or several by name
+(``scenarios``), which share what does not depend on them: the original models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from functools import partial
+from itertools import product
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from torch import nn
+
+from efface import networks
+from efface.datasets import Patch, cifar10, digits, load_task, with_trigger, with_wrong_labels
+from efface.errors import InputError, MethodError
+from efface.options import changed, merged
+from efface.sparsify import build_pruner
+from efface.task import Split, Task
+from efface.unlearn import build
+
+Kind = Literal["dense", "same-mask", "rewound", "repruned"]
+"""Kinds of retrained models; see :func:`efface.retrain`."""
+
+
+class Part(BaseModel):
+    """A part of a recipe: immutable, no unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Selection(Part):
+    """What is to be forgotten: classes, a random fraction, or the poisoned records.
+
+    Of poisoned records, ``poison`` is the fraction, ``target`` the attacker's label and
+    ``trigger`` the options of the patch. ``harmful`` asks for so many source classes, those whose
+    removal helps a downstream task most. ``wrong_labels`` is the share of D_f that gets a wrong
+    label, where a network remembers too little of single records for their loss to be seen.
+    """
+
+    label: int | None = Field(None, alias="class")
+    random: float | None = None
+    seed: int = 0
+    poison: float | None = None
+    target: int = 0
+    trigger: Mapping[str, Any] = {}
+    wrong_labels: float = 0.0
+    classes: tuple[int, ...] = ()
+    harmful: int | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Selection:
+        one = (self.label, self.random, self.poison, self.harmful, self.classes or None)
+        if sum(value is not None for value in one) != 1:
+            raise ValueError("give exactly one of class, classes, random, poison, harmful")
+        self.patch()
+        return self
+
+    def apply(self, task: Task) -> tuple[Task, Split]:
+        """The task, relabelled or poisoned where that is asked for, and its split."""
+        if self.label is not None:
+            return task, Split.by_class(task, self.label)
+        if self.random is not None:
+            split = Split.random(task, self.random, seed=self.seed)
+            if self.wrong_labels:
+                task = with_wrong_labels(task, split.forget, self.wrong_labels, seed=self.seed)
+                split = replace(split, task=task)
+            return task, split
+        if self.classes:
+            asked = " or ".join(f"target == {c}" for c in self.classes)
+            return task, Split.where(task, asked)
+        assert self.poison is not None
+        task, positions = with_trigger(task, self.poison, self.patch(), self.target, self.seed)
+        return task, Split.by_ids(task, [task.ids_[i] for i in positions.tolist()])
+
+    def patch(self) -> Patch:
+        """The trigger of poisoned records; the paper's where nothing is said of it."""
+        patch: Patch = changed("the trigger", Patch(), self.trigger)
+        return patch
+
+
+class Source(Part):
+    """A task: a built-in name or ``module:attribute``, and what is changed of it.
+
+    ``network`` is a network of :mod:`efface.networks`, made with ``network_args``.
+    """
+
+    name: str
+    records: int | None = None
+    validation: int = 2000
+    network: str | None = None
+    network_args: tuple[Any, ...] = ()
+    fit: Mapping[str, Any] = {}
+
+    def build(self) -> Task:
+        """Make the task.
+
+        Raises:
+            InputError: If the data is not at hand, or the network is unknown.
+        """
+        if self.name == "digits":
+            task = digits()
+        elif self.name == "cifar10":
+            task = cifar10(self.records, self.validation)
+        else:
+            task = load_task(self.name)
+        if self.network is not None:
+            task = replace(task, network=_network(self.network, self.network_args))
+        return replace(task, fit=changed("the fit", task.fit, self.fit), defaults={})
+
+
+def _network(name: str, arguments: tuple[Any, ...] = ()) -> Any:
+    """A factory of one of efface's networks, by its name."""
+    factory = getattr(networks, name, None)
+    if callable(factory):
+        made = partial(factory, *arguments) if arguments else factory
+        try:
+            if isinstance(made(), nn.Module):
+                return made
+        except (TypeError, ValueError):
+            pass
+    how = f"with network_args = {list(arguments)}" if arguments else "without arguments"
+    raise InputError(
+        f"efface.networks has no network {name!r} that can be made {how}; give a task of your own "
+        "as module:attribute."
+    )
+
+
+class Model(Part):
+    """A model to forget with: dense, or pruned.
+
+    ``like`` is the kind of retrained model that gaps are measured against; ``references`` are
+    further kinds, each a row ``retrain-KIND`` of its own. ``keep_dense`` keeps the weights that
+    pruning removed. ``scenarios`` are those that it takes part in: all where none is named.
+    """
+
+    name: str
+    pruner: Mapping[str, Any] | None = None
+    like: Kind = "dense"
+    references: tuple[Kind, ...] = ()
+    sparsities: tuple[float, ...] = ()
+    keep_dense: bool = False
+    scenarios: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _buildable(self) -> Model:
+        if self.pruner is not None:
+            for model in self.expanded():
+                model.make_pruner()
+        elif self.like != "dense" or self.sparsities or self.references or self.keep_dense:
+            raise ValueError(f"model {self.name!r} has no pruner")
+        if self.like in self.references or len(set(self.references)) < len(self.references):
+            raise ValueError(f"model {self.name!r} has a reference of one kind twice")
+        return self
+
+    def expanded(self) -> list[Model]:
+        """One model for each sparsity."""
+        if not self.sparsities:
+            return [self]
+        made = []
+        for s in self.sparsities:
+            pruner = {**(self.pruner or {}), "sparsity": s}
+            name = f"{self.name}-{100 * s:g}"
+            changes = {"name": name, "pruner": pruner, "sparsities": ()}
+            made.append(self.model_copy(update=changes))
+        return made
+
+    def make_pruner(self) -> Any:
+        """The pruner."""
+        options = dict(self.pruner or {})
+        if "method" not in options:
+            raise MethodError(f'the pruner of model {self.name!r} names no method = "…"')
+        return build_pruner(options.pop("method"), options)
+
+
+class Method(Part):
+    """An unlearner with its options; ``search`` holds a grid of values for some of them.
+
+    A searched option of an inner method is named with a dot (``"inner.lr"``). ``models`` holds
+    options that differ from model to model, ``within`` those that differ from scenario to scenario,
+    ``seeds`` the number of training seeds where it is not the recipe's. ``on`` and ``scenarios``
+    are the models and scenarios that it takes part in: all where none is named.
+    """
+
+    method: str
+    options: Mapping[str, Any] = {}
+    search: Mapping[str, tuple[Any, ...]] = {}
+    models: Mapping[str, Mapping[str, Any]] = {}
+    within: Mapping[str, Mapping[str, Any]] = {}
+    seeds: int | None = None
+    on: tuple[str, ...] = ()
+    scenarios: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _buildable(self) -> Method:
+        if any(not values for values in self.search.values()):
+            raise ValueError("search needs at least one value for each option")
+        for options in (*self.grid(), *self.models.values(), *self.within.values()):
+            build(self.method, merged(self.options, _nested(options)))
+        return self
+
+    def grid(self) -> list[dict[str, Any]]:
+        """Every combination of searched values; one empty one where nothing is searched."""
+        return [dict(zip(self.search, row, strict=True)) for row in product(*self.search.values())]
+
+    def made(self, model: str, chosen: Mapping[str, Any], scenario: str = "") -> Any:
+        """The unlearner for a model in a scenario, with what the search chose."""
+        options = merged(self.options, _nested(chosen))
+        for more in (self.within.get(scenario, {}), self.models.get(model, {})):
+            options = merged(options, more)
+        return build(self.method, options)
+
+
+def _nested(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with dots in their names as groups.
+
+    >>> _nested({"inner.lr": 0.1, "p": 0.2})
+    {'inner': {'lr': 0.1}, 'p': 0.2}
+    """
+    made: dict[str, Any] = {}
+    for name, value in options.items():
+        first, dot, rest = name.partition(".")
+        made = merged(made, {first: _nested({rest: value})} if dot else {name: value})
+    return made
+
+
+class Transfer(Part):
+    """A downstream task: classes held out of the training, learnt by a linear probe."""
+
+    source: tuple[int, ...]
+    downstream: tuple[int, ...]
+    per_class: int = 100
+    influence_seeds: int = 2
+
+
+class Scenario(Part):
+    """A forget set that is reported, and another one to search values on."""
+
+    forget: Selection
+    proxy: Selection | None = None
+
+
+class Size(Part):
+    """One size of a recipe: with one forget set, or with several as scenarios.
+
+    ``initial`` says where references begin: ``own`` initial weights, or those of the ``model``,
+    with another batch order. ``orders`` is how many of the first kind are trained per seed, each
+    with batches in another order: gaps are measured against the first, and the second is a row,
+    ``retrain-again``. ``originals`` is how many originals there are per seed, each from the same
+    initial weights in another order: with two, the trace is also measured from both sides, as what
+    models of one kind share more with one another than with the other kind. ``balances`` are
+    shares of members at which the released attack is fitted, to see what that does to its numbers.
+    """
+
+    task: Source
+    forget: Selection | None = None
+    proxy: Selection | None = None
+    scenarios: Mapping[str, Scenario] = {}
+    search_metric: Literal["average_gap", "gap_a"] = "gap_a"
+    seeds: int = Field(3, ge=1)
+    rewind: int | None = None
+    initial: Literal["own", "model"] = "own"
+    orders: int = Field(1, ge=1, le=20)
+    originals: int = Field(1, ge=1, le=20)
+    balances: tuple[float, ...] = ()
+    transfer: Transfer | None = None
+    models: tuple[Model, ...]
+    methods: Mapping[str, Method]
+
+    @field_validator("models")
+    @classmethod
+    def _spread(cls, models: tuple[Model, ...]) -> tuple[Model, ...]:
+        return tuple(one for model in models for one in model.expanded())
+
+    @model_validator(mode="after")
+    def _named(self) -> Size:
+        """Names are there once, and none speaks of what is not there."""
+        names = [model.name for model in self.models]
+        if not names or len(set(names)) < len(names):
+            raise ValueError("models must be one or more, each with a name of its own")
+        if (self.forget is None) == (not self.scenarios) or (self.scenarios and self.proxy):
+            raise ValueError("say forget (and proxy), or scenarios with a forget set each")
+        if "" in self.scenarios:
+            raise ValueError("every scenario needs a name")
+        if not all(0 < share < 1 for share in self.balances):
+            raise ValueError("balances are shares of members, between 0 and 1")
+        for model in self.models:
+            self._known(f"model {model.name!r}", "scenario", model.scenarios, self.scenarios)
+        for name, method in self.methods.items():
+            if name == "original" or name.split("-")[0] == "retrain":
+                raise ValueError(f"a method cannot be called {name!r}: the bench has such a row")
+            said = (*method.scenarios, *method.within)
+            self._known(f"method {name!r}", "scenario", said, self.scenarios)
+            self._known(f"method {name!r}", "model", (*method.models, *method.on), names)
+        return self
+
+    @staticmethod
+    def _known(who: str, what: str, said: Iterable[str], known: Iterable[str]) -> None:
+        strange = set(said) - set(known)
+        if strange:
+            raise ValueError(f"{who} speaks of a {what} {strange.pop()!r}")
+
+    @model_validator(mode="after")
+    def _searchable(self) -> Size:
+        for name, one in self.cases.items():
+            if one.proxy == one.forget:
+                raise ValueError("the proxy must be another forget set than the one reported")
+            searched = [m for m, method in self.methods.items() if method.search]
+            searched = [m for m in searched if self.takes_part(m, name)]
+            if searched and one.proxy is None:
+                raise ValueError(f"{', '.join(searched)} search values, but there is no proxy")
+        harmful = [one for one in self.cases.values() if one.forget.harmful is not None]
+        if bool(harmful) != (self.transfer is not None) or (harmful and self.scenarios):
+            raise ValueError("forget.harmful and transfer belong together")
+        return self
+
+    @property
+    def cases(self) -> dict[str, Scenario]:
+        """Scenarios by name; a size with one forget set has one, without a name."""
+        if self.forget is None:
+            return dict(self.scenarios)
+        return {"": Scenario(forget=self.forget, proxy=self.proxy)}
+
+    def case(self, name: str) -> Scenario:
+        """A scenario; the first one where no name is given."""
+        return self.cases[name] if name else next(iter(self.cases.values()))
+
+    def takes_part(self, method: str, scenario: str, model: str | None = None) -> bool:
+        """Whether a method is measured in a scenario, on a model."""
+        mine = self.methods[method]
+        there = not mine.scenarios or scenario in mine.scenarios
+        return there and (model is None or not mine.on or model in mine.on)
+
+    def models_in(self, scenario: str) -> list[Model]:
+        """The models that take part in a scenario."""
+        return [m for m in self.models if not m.scenarios or scenario in m.scenarios]
+
+    def methods_of(self, model: Model, scenario: str) -> list[str]:
+        """The rows of a model in a scenario: original, retrained models, methods."""
+        again = ["retrain-again"] if self.orders > 1 else []
+        kinds = [f"retrain-{kind}" for kind in model.references]
+        mine = [name for name in self.methods if self.takes_part(name, scenario, model.name)]
+        return ["original", "retrain", *again, *kinds, *mine]
+
+    def seeds_of(self, method: str) -> int:
+        """Training seeds of a method's rows."""
+        own = self.methods[method].seeds if method in self.methods else None
+        return max(self.seeds, own or 0)
+
+    def most_seeds(self) -> int:
+        """Training seeds of the original models."""
+        return max([self.seeds, *(self.seeds_of(m) for m in self.methods)])
