@@ -791,7 +791,7 @@ def test_command_line_end_to_end(
         f"prune shades:task --model dense.st {prune} --out sparse.st",
         "forget shades:task --model sparse.st --class 1 --method finetune --set epochs=1 "
         "--out forgot.st",
-        "compact forgot.st --out small.st --onnx small.onnx",
+        "compact forgot.st --task shades:task --out small.st --onnx small.onnx",
         "retrain shades:task --model sparse.st --like same-mask --class 1 --out fresh.st",
         "audit shades:task --before sparse.st --after small.st --reference fresh.st --out audit",
         "forget shades:task --model small.st --class 2 --method finetune --set epochs=1 "
@@ -803,7 +803,7 @@ def test_command_line_end_to_end(
     assert json.loads(Path("audit/audit.json").read_text())["verdict"]
     capsys.readouterr()
 
-    assert run("compact forgot.st --out again.st --json", monkeypatch) == 0
+    assert run("compact forgot.st --task shades:task --out again.st --json", monkeypatch) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["model"] == "again.st"
     assert facts["onnx"] is None
@@ -820,9 +820,9 @@ def test_command_line_end_to_end(
 
     # a model that has nothing to compact, or was compacted already, as ONNX
     for name in ("dense", "both"):
-        assert run(f"compact {name}.st --onnx {name}.onnx", monkeypatch) == 0
+        assert run(f"compact {name}.st --task shades:task --onnx {name}.onnx", monkeypatch) == 0
         assert Path(f"{name}.onnx").is_file()
-    assert run("compact dense.st --out no.st --onnx no.onnx", monkeypatch) == 2
+    assert run("compact dense.st --task shades:task --out no.st --onnx no.onnx", monkeypatch) == 2
     assert "no filter is dead" in capsys.readouterr().err
     assert not Path("no.st").exists()
     assert not Path("no.onnx").exists()
