@@ -24,7 +24,7 @@ from efface.sparsify import IMP, OMP, OneShot, Pruner
 from efface.unlearn import Chain, CheckpointDifference, FineTune, FromDense, Unlearner, Unprune
 
 QUICK = "--quick" in sys.argv
-RECORDS = 400 if QUICK else 2000
+RECORDS = 400 if QUICK else 1000
 EPOCHS, KEPT = 14, 2
 TWO = FineTune(epochs=2)
 
@@ -47,7 +47,7 @@ def overhead(task: efface.Task, split: efface.Split, kind: str, pruner: Pruner) 
         "unprune": lambda: efface.forget(model, split, Unprune(TWO)),
         "inner": lambda: efface.forget(model, split, TWO),
     }
-    done = rounds(arms, 2 if QUICK else 7)
+    done = rounds(arms, 2 if QUICK else 5)
     name = f"un-pruning ({kind}) around two epochs / those two epochs"
     return compared(name, done, "unprune", "inner", at_most=1.1, records=RECORDS)
 
