@@ -29,6 +29,8 @@ options["forward"] = forward
 """The same task, so that ``m.st`` is its model, too."""
 
 BOOT = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits "ignore"
 import efface.journal
 efface.journal.Journal.__init__.__defaults__ = (0.02,)
 from efface.cli import main
@@ -117,7 +119,7 @@ def _check_end(lab: Path, expected: str, words: str) -> None:
 def test_killed_in_the_middle(lab: Path, name: str, kind: signal.Signals) -> None:
     words = COMMANDS[name]
     expected = _expected(lab, words)
-    write_task(lab, SLOW.format(0.15))  # so slow that the signal comes before the end, surely
+    write_task(lab, SLOW.format(0.05))  # so slow that the signal comes before the end, surely
     before = snapshot(lab)
     process = _start(words)
     _wait_for(lab / "x.st.partial/fit-0000.safetensors", process)
