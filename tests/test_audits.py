@@ -21,12 +21,12 @@ import efface
 from efface.auditing import Cache, Subject, decide
 from efface.auditing import verdict as verdict_module
 from efface.auditing.membership import LowFPR
-from efface.checkpoint import TrainedModel
 from efface.errors import MismatchError, SelectionError
 from efface.lineage import Forgotten
 from efface.report import AuditResult
 from efface.sparsify import OneShot
 from efface.task import Settings
+from efface.trained import TrainedModel
 from efface.unlearn import FineTune, GradientAscent, LogitOff, PruneFirst, Retrain
 
 from . import oracles

@@ -18,10 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import efface
-from efface.checkpoint import TrainedModel, describe_file, weights_digest
+from efface.checkpoint import describe_file
 from efface.errors import CheckpointError, MismatchError, OutputError, WriteError
 from efface.mask import Mask, unpack
 from efface.sparsify import OneShot
+from efface.trained import TrainedModel, weights_digest
 from efface.unlearn import FineTune
 
 NewTask = Callable[..., efface.Task]

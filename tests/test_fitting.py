@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import efface
-from efface.checkpoint import weights_digest
 from efface.data import LoadedRecords, order, uniforms
 from efface.errors import DivergedError, TaskError
 from efface.fitting import Clock, Fit, History
@@ -26,6 +25,7 @@ from efface.mask import Mask
 from efface.sparsify import OneShot
 from efface.steps import rate
 from efface.task import Settings
+from efface.trained import weights_digest
 from efface.unlearn import Chain, FineTune, GradientAscent, NegGradPlus, PruneFirst, RandomLabel
 
 from . import oracles

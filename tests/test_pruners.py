@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 import efface
-from efface.checkpoint import weights_digest
 from efface.errors import MethodError, MismatchError, NeedsError, TaskError
 from efface.fitting import Fit
 from efface.journal import Journal
@@ -36,6 +35,7 @@ from efface.sparsify import (
 )
 from efface.sparsify.parts import score_records, shown
 from efface.steps import batch_norms, rate
+from efface.trained import weights_digest
 from efface.unlearn import FineTune, GradientAscent, Masked, PruneFirst, build, to_json
 
 from .test_cli import done, workplace, write_task

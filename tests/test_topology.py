@@ -30,13 +30,13 @@ from efface.auditing.trace import (
     removed_interval,
     trace_interval,
 )
-from efface.checkpoint import TrainedModel
 from efface.errors import MismatchError
 from efface.mask import Mask, Overlap
 from efface.replay import initial_weights
 from efface.report import audit_page
 from efface.sparsify import IMP, OneShot
 from efface.stats import mean_interval
+from efface.trained import TrainedModel
 from efface.unlearn import FineTune, PruneFirst
 from efface.work import How, from_scratch
 

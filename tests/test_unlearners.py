@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import efface
-from efface.checkpoint import weights_digest
 from efface.data import Batch, LoadedRecords
 from efface.errors import MethodError, NeedsError, SelectionError
 from efface.files import canonical
@@ -24,6 +23,7 @@ from efface.fitting import Fit, History
 from efface.mask import Mask
 from efface.sparsify import OneShot, Pruner
 from efface.task import Settings
+from efface.trained import weights_digest
 from efface.unlearn import (
     Chain,
     FineTune,

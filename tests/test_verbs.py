@@ -18,7 +18,6 @@ from torch.nn.utils import prune
 from torch.utils.data import DataLoader
 
 import efface
-from efface.checkpoint import TrainedModel, weights_digest
 from efface.errors import (
     CheckpointError,
     DivergedError,
@@ -30,6 +29,7 @@ from efface.errors import (
 from efface.mask import Mask
 from efface.sparsify import OneShot
 from efface.task import Settings
+from efface.trained import TrainedModel, weights_digest
 from efface.unlearn import FineTune, LogitOff, Masked, PruneFirst, RandomLabel
 from efface.unlearn.retrain import own_seed
 from efface.verbs import per_record, split_of

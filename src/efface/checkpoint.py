@@ -20,17 +20,6 @@ from efface.shapes import described, from_metadata
 from efface.task import Task
 from efface.trained import KEPT, SCHEMA, TrainedModel, blank_network, weights_digest
 
-__all__ = [
-    "TrainedModel",
-    "blank_network",
-    "check_data",
-    "describe_file",
-    "load",
-    "load_weights",
-    "read_file",
-    "weights_digest",
-]
-
 
 def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file; a pickle is refused, never read.

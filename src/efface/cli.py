@@ -34,8 +34,8 @@ from efface.console import Run
 from efface.errors import InputError
 
 if TYPE_CHECKING:
-    from efface.checkpoint import TrainedModel
     from efface.task import Task
+    from efface.trained import TrainedModel
 
 
 @command

@@ -18,9 +18,9 @@ from efface.console import Run, read_ids
 from efface.errors import EffaceError, InputError, MethodError, SelectionError
 
 if TYPE_CHECKING:
-    from efface.checkpoint import TrainedModel
     from efface.journal import Journal
     from efface.task import Split, Task
+    from efface.trained import TrainedModel
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -17,9 +17,10 @@ from typing import Any
 from safetensors.torch import save as save_bytes
 from torch import Tensor
 
-from efface.checkpoint import read_file, weights_digest
+from efface.checkpoint import read_file
 from efface.errors import CheckpointError, WriteError
 from efface.files import canonical, digest, write_atomic
+from efface.trained import weights_digest
 
 
 @dataclass(frozen=True)

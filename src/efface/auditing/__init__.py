@@ -19,10 +19,10 @@ from efface.auditing.membership import HeldOutAUC, JiaSVC, LowFPR, Margin
 from efface.auditing.standing import standing
 from efface.auditing.utility import ForgottenClass, PerClass, Utility
 from efface.auditing.verdict import Verdict, decide
-from efface.checkpoint import TrainedModel
 from efface.cost import versions
 from efface.fitting import Progress
 from efface.seeds import rng
+from efface.trained import TrainedModel
 
 __all__ = [
     "Audit",

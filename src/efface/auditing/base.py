@@ -14,7 +14,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from efface.checkpoint import TrainedModel
 from efface.errors import MismatchError
 from efface.keys import load_key, tags
 from efface.lineage import Step
@@ -23,6 +22,7 @@ from efface.seeds import rng
 from efface.shapes import plan_of
 from efface.stats import Interval
 from efface.task import Split
+from efface.trained import TrainedModel
 
 Part = Literal["forget", "retain", "test"]
 Floats = npt.NDArray[np.float64]

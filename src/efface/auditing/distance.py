@@ -10,9 +10,9 @@ import numpy.typing as npt
 import torch
 
 from efface.auditing.base import Finding, Part, Subject, absent
-from efface.checkpoint import TrainedModel
 from efface.signals import softmax
 from efface.stats import bootstrap, js_distance
+from efface.trained import TrainedModel
 
 NO_REFERENCE = "needs a retrained model to compare with; make one with efface retrain."
 

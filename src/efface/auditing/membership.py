@@ -11,9 +11,9 @@ import numpy.typing as npt
 
 from efface.auditing.base import Finding, Part, Subject, absent, compared
 from efface.auditing.utility import shown
-from efface.checkpoint import TrainedModel
 from efface.signals import confidence, margin, softmax
 from efface.stats import Interval, auc, bootstrap, rate, roc, tpr_at_fpr
+from efface.trained import TrainedModel
 
 LEAST = 10
 """Fewer members or non-members than this, and an AUC says nothing."""

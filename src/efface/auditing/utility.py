@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from efface.auditing.base import Finding, Part, Subject, absent, compared
-from efface.checkpoint import TrainedModel
 from efface.stats import Interval, rate
+from efface.trained import TrainedModel
 
 
 def _correct(subject: Subject, model: TrainedModel, part: Part) -> np.ndarray[Any, Any]:

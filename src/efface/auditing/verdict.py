@@ -7,8 +7,8 @@ from typing import Literal
 
 from efface.auditing.base import Subject
 from efface.auditing.membership import LEAST, margins
-from efface.checkpoint import TrainedModel
 from efface.stats import auc, prediction_interval
+from efface.trained import TrainedModel
 
 Word = Literal["under-forgotten", "indistinguishable", "over-forgotten", "not measurable"]
 

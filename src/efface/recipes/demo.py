@@ -26,7 +26,7 @@ import torch
 
 from efface import verbs
 from efface.auditing import Cache
-from efface.checkpoint import TrainedModel, load
+from efface.checkpoint import load
 from efface.console import Run, bars
 from efface.cost import Stopwatch, versions
 from efface.datasets import cifar10, digits, with_wrong_labels
@@ -39,6 +39,7 @@ from efface.recipes.story import story, table
 from efface.report import AuditResult, story_page
 from efface.sparsify import OneShot
 from efface.task import Split, Task
+from efface.trained import TrainedModel
 from efface.unlearn import build
 
 SCHEMA = "efface.demo/1"

@@ -7,12 +7,13 @@ trace of D_f.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from scipy import stats
 
 from efface.auditing.topology import initial_mask, topology
@@ -22,7 +23,10 @@ from efface.fitting import Fit
 from efface.mask import Mask
 from efface.recipes.models import Bench, Job, original, reference
 from efface.replay import initial_weights
+from efface.stats import mean_interval
 from efface.trained import TrainedModel
+
+Floats = npt.NDArray[np.float64]
 
 NAMES = {
     "iou": "mask_iou",
@@ -182,16 +186,10 @@ def trace_removed(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     after, before, ceiling = np.array(found).T
     trace = ceiling - before
     first = [row["mask_iou_initial"]["value"] for row in rows if "mask_iou_initial" in row]
-    absent = {"value": None, "low": None, "high": None, "n": len(found)}
-    if len(found) < 2:
-        return absent | {"reason": "one training seed says nothing of the trace's spread"}
-    half = stats.t.ppf(0.975, len(found) - 1) * np.std(trace, ddof=1) / np.sqrt(len(found))
-    if np.mean(trace) - half <= 0:
-        return absent | {"reason": f"no trace: {_SHOWN} than with the original's"}
-    if first and np.mean(first) >= np.mean(ceiling):
-        return absent | {"reason": f"no trace: {_NONE} than with the largest initial weights"}
-    value, low, high = ratio_interval(list(after - before), list(trace))
-    return {"value": value, "low": low, "high": high, "n": len(found), "reason": None}
+    gone = _removed(after - before, trace, trace, f"no trace: {_SHOWN} than with the original's")
+    if gone["value"] is not None and first and np.mean(first) >= np.mean(ceiling):
+        return _absent(found, f"no trace: {_NONE} than with the largest initial weights")
+    return gone
 
 
 def trace_removed_between(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
@@ -199,9 +197,8 @@ def trace_removed_between(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | No
 
     How far a mask's lean has gone from the original's to that of retrained models. It is what can
     still be read: a mask that was disturbed at random leans to neither side, which is half of the
-    way. Where
-    :func:`trace_removed` sees no trace because the original is trained with less noise than they,
-    and so lies nearer to everything, this one still may.
+    way. Where :func:`trace_removed` sees no trace because the original is trained with less noise
+    than they, and so lies nearer to everything, this one still may.
 
     Args:
         rows: Metrics of a method's rows, one per training seed.
@@ -213,14 +210,20 @@ def trace_removed_between(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | No
     found = [[row[n]["value"] for n in names] for row in rows if all(n in row for n in names)]
     if not found:
         return None
-    absent = {"value": None, "low": None, "high": None, "n": len(found)}
-    if len(found) < 2:
-        return absent | {"reason": "one training seed says nothing of the trace's spread"}
     after, before, goal, trace = np.array(found).T
-    whole = goal - before
-    half = stats.t.ppf(0.975, len(found) - 1) * np.std(trace, ddof=1) / np.sqrt(len(found))
-    if np.mean(trace) - half <= 0:
-        why = "masks of models with and without the records are no more alike among themselves"
-        return absent | {"reason": f"no trace: {why} than across"}
-    value, low, high = ratio_interval(list(after - before), list(whole))
-    return {"value": value, "low": low, "high": high, "n": len(found), "reason": None}
+    why = "masks of models with and without the records are no more alike among themselves"
+    return _removed(after - before, goal - before, trace, f"no trace: {why} than across")
+
+
+def _removed(gained: Floats, whole: Floats, trace: Floats, why: str) -> dict[str, Any]:
+    """The share of the way, over seeds, where the trace is more than noise; else why not."""
+    if len(gained) < 2:
+        return _absent(gained, "one training seed says nothing of the trace's spread")
+    value, low, high = ratio_interval(list(gained), list(whole))
+    if mean_interval(trace).low <= 0 or not np.isfinite([low, high]).all():
+        return _absent(gained, why)
+    return {"value": value, "low": low, "high": high, "n": len(gained), "reason": None}
+
+
+def _absent(seeds: Sized, why: str) -> dict[str, Any]:
+    return {"value": None, "low": None, "high": None, "n": len(seeds), "reason": why}

@@ -18,7 +18,7 @@ from efface.sparsify.criteria import CRITERIA
 from efface.sparsify.groups import Group, filter_groups, kept_filters, mask_of
 from efface.sparsify.norms import NORMS
 from efface.sparsify.parts import denser, scope_of, score, shown, sparsity_within
-from efface.sparsify.selection import narrow
+from efface.sparsify.selection import highest, narrow
 from efface.trained import TrainedModel
 
 FILTER_CRITERIA: Mapping[str, Callable[[Tensor], Tensor]] = NORMS
@@ -123,7 +123,7 @@ def select_filters(
         ranked = scores[group.name].detach().cpu().double()
         if within is not None:
             ranked = ranked.masked_fill(~before[group.name], -math.inf)
-        keep[group.name] = _best(ranked, sparsity)
+        keep[group.name] = highest(ranked, staying(group.size, sparsity))
     mask = mask_of(groups, keep, network)
     return mask if within is None else _both(mask, within, network)
 
@@ -135,13 +135,6 @@ def staying(size: int, sparsity: float) -> int:
     (7, 1)
     """
     return max(1, size - round(sparsity * size))
-
-
-def _best(scores: Tensor, sparsity: float) -> Tensor:
-    keep = torch.zeros(len(scores), dtype=torch.bool)
-    order = torch.sort(scores, descending=True, stable=True).indices
-    keep[order[: staying(len(scores), sparsity)]] = True
-    return keep
 
 
 def _both(mask: Mask, within: Mask, network: nn.Module) -> Mask:

@@ -7,7 +7,6 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from efface.checkpoint import TrainedModel
 from efface.errors import MethodError
 from efface.fitting import Fit
 from efface.replay import initial_weights
@@ -25,6 +24,7 @@ from efface.sparsify.parts import (
     start_of,
 )
 from efface.sparsify.selection import Granularity, narrow
+from efface.trained import TrainedModel
 
 
 def _requires(to: To) -> frozenset[str]:

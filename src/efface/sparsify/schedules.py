@@ -7,12 +7,12 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from efface.checkpoint import TrainedModel
 from efface.errors import MethodError
 from efface.fitting import Clock, Fit, History
 from efface.sparsify.filters import Choice
 from efface.sparsify.parts import Scope, check_pruner, install, recover
 from efface.sparsify.selection import Granularity
+from efface.trained import TrainedModel
 
 
 def half(epochs: int) -> int:

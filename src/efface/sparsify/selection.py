@@ -160,12 +160,20 @@ def dead_layers(mask: Mask) -> list[str]:
     return [name for name, keep in mask.items() if not bool(keep.any())]
 
 
-def _keep(scores: Tensor, sparsity: float) -> Tensor:
+def highest(scores: Tensor, count: int) -> Tensor:
+    """Where the highest scores are: bool of their shape, ties to the first, on the CPU.
+
+    >>> highest(torch.tensor([1.0, 3.0, 2.0, 2.0]), 2).tolist()
+    [False, True, True, False]
+    """
     flat = scores.detach().reshape(-1)
-    kept = flat.numel() - round(sparsity * flat.numel())
     keep = torch.zeros(flat.numel(), dtype=torch.bool)
-    keep[torch.sort(flat, descending=True, stable=True).indices[:kept].cpu()] = True
+    keep[torch.sort(flat, descending=True, stable=True).indices[:count].cpu()] = True
     return keep.reshape(scores.shape)
+
+
+def _keep(scores: Tensor, sparsity: float) -> Tensor:
+    return highest(scores, scores.numel() - round(sparsity * scores.numel()))
 
 
 def _keep_groups(scores: Tensor, n: int, m: int) -> Tensor:

@@ -22,7 +22,7 @@ from efface.sparsify.criteria import CRITERIA
 from efface.sparsify.filters import filter_scores, vectors
 from efface.sparsify.groups import Group, filter_groups, is_structured, kept_filters, mask_of
 from efface.sparsify.parts import score, shown
-from efface.sparsify.selection import Granularity, pattern, select
+from efface.sparsify.selection import Granularity, highest, pattern, select
 from efface.steps import batch_norms, recalibrate_bn
 from efface.trained import TrainedModel
 
@@ -133,8 +133,8 @@ def best(
     """
     ranked = {n: s.double().masked_fill(~among[n], -torch.inf) for n, s in scores.items()}
     if not isinstance(many, int):
-        return {name: _top(ranked[name], many[name]) for name in among}
-    chosen = _top(torch.cat([ranked[name].reshape(-1) for name in among]), many)
+        return {name: highest(ranked[name], many[name]) for name in among}
+    chosen = highest(torch.cat([ranked[name].reshape(-1) for name in among]), many)
     parts = torch.split(chosen, [among[name].numel() for name in among])
     return {n: part.reshape(among[n].shape) for n, part in zip(among, parts, strict=True)}
 
@@ -150,12 +150,6 @@ def _groups(trained: TrainedModel, mask: Mask) -> tuple[Group, ...]:
     named = tuple(g for g in groups if g.name in mask)
     same = named and mask_of(named, kept_filters(mask, named), trained.network) == mask
     return named if same else ()
-
-
-def _top(scores: Tensor, count: int) -> Tensor:
-    keep = torch.zeros(scores.numel(), dtype=torch.bool)
-    keep[torch.sort(scores.reshape(-1), descending=True, stable=True).indices[:count]] = True
-    return keep.reshape(scores.shape)
 
 
 def refreshed_statistics(trained: TrainedModel, positions: Tensor, fit: Fit) -> None:

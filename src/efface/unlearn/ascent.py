@@ -14,11 +14,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from efface.checkpoint import TrainedModel
 from efface.data import Batch, chunks
 from efface.fitting import Clock, Fit
 from efface.placement import preserved
 from efface.task import Split
+from efface.trained import TrainedModel
 from efface.unlearn.base import check_ranges, fit_settings, positive_or_none, streams
 
 CLASS_CAP = 8.0

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
-from efface.checkpoint import TrainedModel
 from efface.data import Stream
 from efface.errors import MethodError, NeedsError
 from efface.fitting import Fit
@@ -21,6 +20,7 @@ from efface.mask import Mask
 from efface.options import check_known
 from efface.sparsify import OneShot, Pruner
 from efface.task import Settings, Split, Task
+from efface.trained import TrainedModel
 
 
 @runtime_checkable
@@ -98,7 +98,7 @@ def check_needs(method: Unlearner, trained: TrainedModel, split: Split) -> None:
     for need in sorted(needs_of(method)):
         if not there[need]:
             what, how = NEEDS[need]
-            raise NeedsError(f"{method.name} needs {what}, which is not there; {how}.")
+            raise NeedsError(f"{method.name} needs {what}, and lacks that; {how}.")
 
 
 def fit_settings(

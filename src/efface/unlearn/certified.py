@@ -9,12 +9,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from efface.checkpoint import TrainedModel
 from efface.curvature import LossCurvature, evaluating, lanczos, lissa
 from efface.errors import DivergedError, MethodError
 from efface.fitting import Fit
 from efface.mask import Mask
 from efface.task import Split
+from efface.trained import TrainedModel
 
 RECORDS = 250
 """Records of D_r in the curvature, where no number is given."""

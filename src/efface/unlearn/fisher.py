@@ -10,12 +10,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from efface.checkpoint import TrainedModel
 from efface.curvature import Labels, diagonal_fisher, evaluating
 from efface.errors import DivergedError, MethodError
 from efface.fitting import Fit
 from efface.mask import Mask, classifier_name
 from efface.task import Split
+from efface.trained import TrainedModel
 
 EPS = 1e-8
 CEILING, HEAD_CEILING = 1e3, 1e2

@@ -60,7 +60,7 @@ class FromDense:
     def __call__(self, trained: TrainedModel, split: Split, fit: Fit) -> None:
         """Edit ``trained`` in place."""
         assert trained.dense is not None
-        criterion, old = remaker(self, trained), Units.of(trained)
+        criterion, old = remaker(self.criterion, trained), Units.of(trained)
         sparse = {n: t.detach().clone() for n, t in trained.network.state_dict().items()}
         mask = trained.mask
         assert mask is not None

@@ -10,12 +10,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from efface.checkpoint import TrainedModel
 from efface.curvature import gradient, inverse_fisher_product, projections
 from efface.errors import DivergedError, MethodError
 from efface.fitting import Fit
 from efface.mask import Mask
 from efface.task import Split
+from efface.trained import TrainedModel
 
 RELEASED = 1000
 """The constant of the released recursion; it stops after so many records and two."""

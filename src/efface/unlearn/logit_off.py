@@ -7,11 +7,11 @@ from typing import ClassVar
 
 import torch
 
-from efface.checkpoint import TrainedModel
 from efface.errors import NeedsError
 from efface.fitting import Fit
 from efface.mask import classifier_name
 from efface.task import Split
+from efface.trained import TrainedModel
 
 SHIFT = 100.0
 

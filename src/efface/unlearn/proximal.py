@@ -10,13 +10,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from efface.checkpoint import TrainedModel
 from efface.data import Batch
 from efface.errors import MethodError
 from efface.fitting import Clock, Fit, Params
 from efface.mask import Mask, scope_names
 from efface.steps import rate
 from efface.task import Split
+from efface.trained import TrainedModel
 from efface.unlearn.base import check_ranges, fit_settings, streams
 from efface.unlearn.finetune import L1Sparse
 

@@ -8,10 +8,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from efface.checkpoint import TrainedModel
 from efface.data import Stream
 from efface.fitting import Fit
 from efface.task import Split
+from efface.trained import TrainedModel
 from efface.unlearn.base import check_ranges, fit_settings
 
 

@@ -10,12 +10,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from efface.checkpoint import TrainedModel
 from efface.curvature import gradient
 from efface.data import Stream
 from efface.fitting import Fit, Params
 from efface.mask import Mask
 from efface.task import Split
+from efface.trained import TrainedModel
 from efface.unlearn.base import check_ranges, fit_settings
 from efface.unlearn.relabel import wrong_labels
 

@@ -9,11 +9,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from efface.checkpoint import TrainedModel
 from efface.data import Batch
 from efface.fitting import Clock, Fit
 from efface.steps import rate
 from efface.task import Split
+from efface.trained import TrainedModel
 from efface.unlearn.ascent import pick_cap
 from efface.unlearn.base import check_ranges, fit_settings, positive_or_none, streams
 

@@ -10,12 +10,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from efface.checkpoint import TrainedModel
 from efface.curvature import diagonal_fisher
 from efface.errors import MethodError
 from efface.fitting import Fit
 from efface.placement import placed, preserved
 from efface.task import Split
+from efface.trained import TrainedModel
 from efface.unlearn.base import positive_or_none
 
 PAPER_ALPHA = 10.0

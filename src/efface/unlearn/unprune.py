@@ -94,7 +94,7 @@ class Unprune:
 
     def __call__(self, trained: TrainedModel, split: Split, fit: Fit) -> None:
         """Edit ``trained`` in place."""
-        criterion, old = remaker(self, trained), Units.of(trained)
+        criterion, old = remaker(self.criterion, trained), Units.of(trained)
         if old.groups is not None and self.values == "zero":
             raise MethodError(
                 "whole filters cannot grow from zero: no gradient reaches them; take "
@@ -153,14 +153,13 @@ def _less(many: dict[str, int], gone: dict[str, int] | int) -> dict[str, int] | 
     return {name: n - gone[name] for name, n in many.items()}
 
 
-def remaker(method: Unprune | object, trained: TrainedModel) -> str:
-    """The criterion that prunes a model again: the one that made its mask, or the method's.
+def remaker(given: str | None, trained: TrainedModel) -> str:
+    """The criterion that prunes a model again: the one that made its mask, else the given one.
 
     Raises:
         NeedsError: If it is not known and not given.
         MethodError: If it is not the one that made the mask, or looked at weights before training.
     """
-    given: str | None = getattr(method, "criterion", None)
     maker = made_by(trained)
     known = (*CRITERIA, *FILTER_CRITERIA)
     if given is not None and given not in known:
