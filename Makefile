@@ -31,7 +31,7 @@ demo-cifar10: setup ## the same on 20,000 CIFAR-10 images, half an hour on two c
 # The papers' experiments; a stopped run goes on. Models are kept in recipes/cache until `make clean`.
 RUN = $(BIN)/efface bench $(1) --size $(2) --cache recipes/cache --out recipes/$(1)-$(2) --force
 
-recipes-digits: setup ## the papers' experiments on the digits, an hour on two cores
+recipes-digits: setup ## the papers' experiments on the digits, an hour and a half on two cores
 	$(call RUN,jia2023-classwise,digits)
 	$(call RUN,jia2023-random10,digits)
 	$(call RUN,jia2023-trojan,digits)
@@ -40,13 +40,15 @@ recipes-digits: setup ## the papers' experiments on the digits, an hour on two c
 	$(call RUN,unprune,digits)
 	$(call RUN,unprune-ablation,digits)
 	$(call RUN,unprune-mia-stability,digits)
+	$(call RUN,gogineni2024,digits)
 
-recipes-cifar10: setup ## the same on 10,000 CIFAR-10 images, four hours on two cores
+recipes-cifar10: setup ## the same on 10,000 CIFAR-10 images, five hours on two cores
 	$(call RUN,jia2023-classwise,cifar10-small)
 	$(call RUN,jia2023-random10,cifar10-small)
 	$(call RUN,jia2023-trojan,cifar10-small)
 	$(call RUN,jia2023-transfer,cifar10-small)
 	$(call RUN,unprune,cifar10-small)
+	$(call RUN,gogineni2024,cifar10-small)
 
 test: setup      ## all tests but the slow ones
 	$(BIN)/python -m pytest

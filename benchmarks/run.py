@@ -30,6 +30,10 @@ NAMES = (
     "scaling",
     "compact",
     "unprune",
+    "updates",
+    "recording",
+    "log_index",
+    "partial",
     "topology",
     "reference",
 )

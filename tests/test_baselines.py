@@ -32,9 +32,9 @@ from efface.unlearn import (
     Unlearner,
     build,
 )
+from efface.unlearn.partial import Frozen
 from efface.unlearn.proximal import SoftThreshold
 from efface.unlearn.relabel import wrong_labels
-from efface.unlearn.salun import Frozen, largest
 from efface.unlearn.scrub import divergence
 from efface.unlearn.sfron import adaptive, record_losses, weighted_ascent
 from efface.unlearn.ssd import dampen_, squared_batch_gradients
@@ -164,29 +164,6 @@ class Recorder:
 def top(scores: Sequence[float], count: int) -> set[int]:
     """Places of the largest scores, the first of equal ones."""
     return set(sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:count])
-
-
-@pytest.mark.parametrize("fraction", [0.0, 0.07, 0.5, 0.93, 1.0])
-@pytest.mark.parametrize("masked", [False, True])
-def test_the_largest_scores_are_selected_over_all_tensors(fraction: float, masked: bool) -> None:
-    draw = torch.Generator().manual_seed(3)
-    scores = {n: torch.randint(0, 6, s, generator=draw).float() for n, s in SHAPES.items()}
-    mask = Mask({"b": torch.rand(SHAPES["b"], generator=draw) > 0.4}) if masked else None
-    found = largest(scores, fraction, mask)
-    flat = torch.cat([t.flatten() for t in scores.values()]).tolist()
-    gone = (
-        torch.cat([~mask[n].flatten() if n == "b" else torch.zeros(t.numel()).bool()
-                   for n, t in scores.items()])
-        if mask
-        else torch.zeros(len(flat)).bool()
-    )  # fmt: skip
-    ranked = [-1.0 if g else s for s, g in zip(flat, gone.tolist(), strict=True)]
-    wanted = top(ranked, round(fraction * int((~gone).sum())))
-    chosen = torch.cat([found[n].flatten() for n in scores]).nonzero().flatten().tolist()
-    assert set(chosen) == wanted
-
-
-SHAPES = {"a": (3, 4), "b": (5, 2), "c": (7,)}
 
 
 def salient_by_hand(case: Case, fraction: float) -> Named:

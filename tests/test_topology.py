@@ -925,9 +925,9 @@ def test_originals_on_the_command_line(
 ) -> None:
     from typer.testing import CliRunner
 
-    from efface import cli
+    from efface.cli import app, evidence
 
-    monkeypatch.setattr(cli, "get_task", lambda name: pruned.task)
+    monkeypatch.setattr(evidence, "get_task", lambda name: pruned.task)
     files = {"m": pruned, "f": after}
     files |= {f"r{i}": m for i, m in enumerate(references)}
     files |= {f"o{i}": m for i, m in enumerate(originals)}
@@ -937,7 +937,7 @@ def test_originals_on_the_command_line(
     command += [w for i in range(3) for w in ("--reference", f"r{i}.st")]
     command += [w for i in range(2) for w in ("--original", f"o{i}.st")]
     monkeypatch.chdir(tmp_path)
-    answer = CliRunner().invoke(cli.app, command)
+    answer = CliRunner().invoke(app, command)
     assert answer.exit_code == 0, answer.output
     found = efface.AuditResult.from_json((tmp_path / "a/audit.json").read_text())
     assert found["mask_membership_auc"]["n"] == 6

@@ -34,7 +34,7 @@ _PLACES = {
     "retrain": "retraining",
     "train": "verbs",
 }
-_ROOMS = ("auditing", "datasets", "errors", "networks", "sparsify", "stats", "unlearn")
+_ROOMS = ("auditing", "datasets", "errors", "networks", "sparsify", "stats", "unlearn", "updates")
 
 __all__ = [
     "AuditResult",
@@ -61,10 +61,11 @@ __all__ = [
     "stats",
     "train",
     "unlearn",
+    "updates",
 ]
 
 if TYPE_CHECKING:
-    from efface import auditing, datasets, errors, networks, sparsify, stats, unlearn
+    from efface import auditing, datasets, errors, networks, sparsify, stats, unlearn, updates
     from efface.checkpoint import load
     from efface.data import Stream
     from efface.errors import EffaceError

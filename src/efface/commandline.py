@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from efface.console import Run, read_ids
 from efface.errors import EffaceError, InputError, MethodError, SelectionError
@@ -22,7 +23,20 @@ if TYPE_CHECKING:
     from efface.task import Split, Task
     from efface.trained import TrainedModel
 
+MAKING = ("train", "adopt", "prune", "forget", "retrain")
+COMMANDS = ("demo", "bench", *MAKING, "audit", "compact", "log", "show", "methods")
+
+
+class InOrder(TyperGroup):
+    """The commands in the order of :data:`COMMANDS`, wherever they are defined."""
+
+    def __init__(self, *, commands: Any = None, **rest: Any) -> None:
+        there = dict(commands or {})
+        super().__init__(commands={n: there[n] for n in COMMANDS if n in there}, **rest)
+
+
 app = typer.Typer(
+    cls=InOrder,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -61,8 +75,13 @@ Where = Annotated[
 ]
 
 
-def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Register a command whose first argument is the :class:`Run` of the common options."""
+def command(function: Callable[..., None], group: typer.Typer = app) -> Callable[..., None]:
+    """Register a command whose first argument is the :class:`Run` of the common options.
+
+    Args:
+        function: Called with the run and the values of its own options.
+        group: What it is a command of.
+    """
     own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
     shared = [
         inspect.Parameter(
@@ -97,7 +116,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
     run.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in [*own, *shared]}
-    return app.command()(run)
+    return group.command()(run)
 
 
 def _sentence(error: Exception) -> str:
@@ -121,8 +140,13 @@ def get_task(spec: str, sets: list[str] | None = None) -> Task:
     return task
 
 
-def get_method(name: str, sets: list[str] | None) -> Any:
+def get_method(name: str, sets: list[str] | None, force: bool = False) -> Any:
     """The method that ``--method`` and ``--set`` describe; a ``.toml`` file nests the same way.
+
+    Args:
+        name: The method's name, or its file.
+        sets: Options on top of the file's.
+        force: Have a method go on where it would refuse and can be forced.
 
     Raises:
         MethodError: If the file cannot be read or names no method.
@@ -146,6 +170,10 @@ def get_method(name: str, sets: list[str] | None) -> Any:
     built = build(name, merged(options, parse_sets(sets or [])))
     if not isinstance(built, Unlearner):
         raise MethodError(f"{name} is a pruner; use efface prune, or --method prune-first.")
+    if force:
+        from efface.unlearn.base import forced
+
+        built = forced(built)
     return built
 
 
@@ -261,6 +289,9 @@ def make(
     done = f"{out} written in {cost['wall']:.1f} s ({_summary(model)})."
     if whole:
         facts["kept_whole"] = detail["kept_whole"]
+    if logged := detail.get("log"):
+        facts["log"] = {"folder": str(model.log), **logged}
+        whole.append(f"{model.log} holds the updates of {logged['steps']:,} steps.")
     run.result(facts, "\n".join([done, *assumptions, *whole]))
 
 

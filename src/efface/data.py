@@ -315,6 +315,19 @@ def chunks(positions: Tensor, batch_size: int) -> list[Tensor]:
 
 
 @dataclass(frozen=True)
+class Cohorts:
+    """Deletable records that share batches, so that few steps see them.
+
+    Args:
+        labels: For every record of the task its cohort, or −1 ``[N]``.
+        since: They take part from this epoch on; before it, their places are left empty.
+    """
+
+    labels: Tensor
+    since: int = 0
+
+
+@dataclass(frozen=True)
 class Stream:
     """A set of records that a fit draws batches from.
 
@@ -326,6 +339,7 @@ class Stream:
         targets: Labels ``[N]`` to use instead of the records' own (by position), or ``None``.
         within: The batches of these positions are planned and keep their places; what is not in
             ``positions`` is left out of them. ``None`` plans batches of ``positions`` alone.
+        cohorts: Which records share batches, or ``None``.
     """
 
     positions: Tensor
@@ -334,6 +348,7 @@ class Stream:
     weight: float = 1.0
     targets: Tensor | None = None
     within: Tensor | None = None
+    cohorts: Cohorts | None = None
 
     def __post_init__(self) -> None:
         if len(self.positions) == 0:

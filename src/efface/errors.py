@@ -10,6 +10,7 @@
         ├── NeedsError         a method lacks something that it needs
         ├── CheckpointError    a model file
         ├── MismatchError      models, references and split that do not belong together
+        ├── LogError           an update log that is damaged, locked or of another run
         └── OutputError        an output that exists or cannot be made
 
 Every message is one sentence: what was wrong, where, and what to do.
@@ -63,6 +64,10 @@ class CheckpointError(InputError):
 
 class MismatchError(InputError):
     """Models, references and split do not belong together."""
+
+
+class LogError(InputError):
+    """An update log is damaged, locked, of another run, or lacks what is asked for."""
 
 
 class OutputError(InputError):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from efface.data import Batch, Stream, chunks, order, uniforms
+from efface.seeds import generator
 from efface.task import Task
 
 
@@ -26,6 +28,57 @@ def without_singles(batches: list[Tensor]) -> list[Tensor]:
             batches[there[0]] = torch.cat([batches[there[0]], batch])
             batches[i] = batch[:0]
     return batches
+
+
+def portions(batches: Mapping[str, Batch], most: int) -> list[tuple[dict[str, Batch], float]]:
+    """A step's batches in parts of about ``most`` records, none of a single one.
+
+    Returns:
+        For each part its batches, and its share of the records of the first of them.
+
+    >>> batch = Batch(torch.zeros(5, 1), torch.zeros(5), torch.arange(5))
+    >>> [(part["a"].positions.tolist(), share) for part, share in portions({"a": batch}, 2)]
+    [([0, 1, 2], 0.6), ([3, 4], 0.4)]
+    """
+    sizes = [len(batch.positions) for batch in batches.values()]
+    count = min(-(-max(sizes) // most) if most else 1, *(max(1, n // 2) for n in sizes))
+    if count == 1:
+        return [(dict(batches), 1.0)]
+    rows = zip(*(_cut(batch, count) for batch in batches.values()), strict=True)
+    return [(dict(zip(batches, row, strict=True)), len(row[0].targets) / sizes[0]) for row in rows]
+
+
+def _cut(batch: Batch, count: int) -> list[Batch]:
+    leaves, shape = tree_flatten(batch.inputs)
+    parts = zip(*(leaf.tensor_split(count) for leaf in leaves), strict=True)
+    rows = zip(parts, *(t.tensor_split(count) for t in batch[1:3]), strict=True)
+    return [Batch(tree_unflatten(list(x), shape), y, p, batch.weight) for x, y, p in rows]
+
+
+def together(queue: Tensor, labels: Tensor, size: int, shuffle: torch.Generator) -> list[Tensor]:
+    """Batches in which the records of a cohort are together, filled up with the others.
+
+    Args:
+        queue: Positions in the order of the epoch.
+        labels: Cohort of every position of the task, or −1 ``[N]``.
+        size: Records per batch.
+        shuffle: Decides where in the epoch the batches come.
+
+    >>> labels = torch.tensor([-1, 0, -1, -1, 0, -1])
+    >>> made = together(torch.arange(6), labels, 3, torch.Generator().manual_seed(0))
+    >>> sorted(sorted(batch.tolist()) for batch in made)
+    [[0, 1, 4], [2, 3, 5]]
+    """
+    mine = labels[queue]
+    others, batches = queue[mine < 0], []
+    for cohort in torch.unique(mine[mine >= 0]).tolist():
+        for part in torch.split(queue[mine == cohort], size):
+            room = size - len(part)
+            batches.append(torch.cat([part, others[:room]]))
+            others = others[room:]
+    batches += chunks(others, size) if len(others) else []
+    order = torch.randperm(len(batches), generator=shuffle).tolist()
+    return [batches[i] for i in order]
 
 
 class Feed:
@@ -53,17 +106,27 @@ class Feed:
         self.stream, self.device = stream, device
         self.size = stream.batch_size or batch_size
         self.planned = stream.positions if stream.within is None else stream.within
-        self.length = len(chunks(self.planned, self.size))
+        self.length = len(self._whole(0) if stream.cohorts else chunks(self.planned, self.size))
 
     def plan(self, turn: int) -> list[Tensor]:
         """The batches of one pass; one that a stream leaves nothing in is empty."""
-        total = len(self.task.records)
-        batches = chunks(order(self.seed, self.purpose, turn, self.planned, total), self.size)
-        if self.stream.within is None:
+        batches, cohorts = self._whole(turn), self.stream.cohorts
+        if self.stream.within is None and cohorts is None:
             return batches
-        wanted = torch.zeros(total, dtype=torch.bool)
+        wanted = torch.zeros(len(self.task.records), dtype=torch.bool)
         wanted[self.stream.positions] = True
+        if cohorts is not None and turn < cohorts.since:
+            wanted &= cohorts.labels < 0
         return without_singles([batch[wanted[batch]] for batch in batches])
+
+    def _whole(self, turn: int) -> list[Tensor]:
+        """The batches of one pass with nothing left out."""
+        queue = order(self.seed, self.purpose, turn, self.planned, len(self.task.records))
+        cohorts = self.stream.cohorts
+        if cohorts is None:
+            return chunks(queue, self.size)
+        shuffle = generator(self.seed, f"cohorts/{self.purpose}", turn)
+        return together(queue, cohorts.labels, self.size, shuffle)
 
     def batches(self, step: int, epoch: int | None) -> Iterator[Batch | None]:
         """Batches from a step of the fit on, without end; None for one that nothing is left in.

@@ -21,12 +21,20 @@ from torch import Tensor, nn
 from efface.cost import Meter
 from efface.data import Batch, Stream
 from efface.errors import DivergedError
-from efface.feeds import Feed
+from efface.feeds import Feed, portions
 from efface.journal import Journal, State
 from efface.mask import Mask
 from efface.placement import Placement, placed, preserved
 from efface.seeds import generator, seed_for, seed_torch
-from efface.steps import like, make_optimizer, rate, recalibrate_bn, train_mode
+from efface.steps import (
+    StepRecorder,
+    capture,
+    make_optimizer,
+    rate,
+    recalibrate_bn,
+    restore,
+    train_mode,
+)
 from efface.task import Settings, Task
 from efface.trained import TrainedModel
 
@@ -89,6 +97,8 @@ class Fit:
         journal: Where commits go, or None.
         progress: Called after every step, or None.
         meter: Counts what is spent.
+        recorder: Sees every step, or None.
+        start: A recorded state to go on from, where the journal has none.
 
     Example:
         ``fit(network, objective, {"retain": Stream(split.retain)}, settings)``
@@ -104,6 +114,8 @@ class Fit:
     journal: Journal | None = None
     progress: Progress | None = None
     meter: Meter = field(default_factory=Meter)
+    recorder: StepRecorder | None = None
+    start: State | None = None
 
     def with_(self, constraint: Constraint | None = None, hook: Hook | None = None) -> Fit:
         """A new handle with a further constraint or hook."""
@@ -170,8 +182,7 @@ class Fit:
         Raises:
             DivergedError: When a loss is NaN or infinite, naming epoch and step.
         """
-        label = label or self.path
-        call = self.meter.calls
+        label, call = label or self.path, self.meter.calls
         self.meter.calls += 1
         if settings.epochs == 0:
             return []
@@ -227,6 +238,7 @@ class _Run:
         self.seen_mask = fit.subject.mask if fit.subject else None
         self.history: History = []
         self.total, self.step = 0.0, 0
+        self.recorded: int | None = None
         self.images = dict.fromkeys(self.feeds, 0)
         self.spent = [0.0, 0.0]
         self.started = self.committed = time.monotonic()
@@ -236,6 +248,8 @@ class _Run:
         """Every epoch from where the journal left off."""
         self._resume()
         self._fill_mask()
+        if self.fit.recorder:
+            self.fit.recorder.resume(self.network, self.step, self.steps, self.recorded)
         while self.step < self.steps:
             self._epoch(self.step // self.per_epoch)
         self._count()
@@ -244,6 +258,8 @@ class _Run:
     def _epoch(self, epoch: int) -> None:
         alone = any(len(f.stream.positions) == 1 for f in self.feeds.values())  # no variance
         train_mode(self.network, frozen_bn=self.settings.bn == "frozen" or alone)
+        if self.fit.recorder and self.step % self.per_epoch == 0:
+            self.fit.recorder.epoch(epoch, self._state)
         sources = {
             name: feed.batches(self.step, epoch if feed is self.first else None)
             for name, feed in self.feeds.items()
@@ -274,17 +290,34 @@ class _Run:
     def _one_step(self, batches: dict[str, Batch], clock: Clock) -> float:
         fit = self.fit
         self._notice_mask()
-        seed_torch(seed_for(fit.seed, f"{fit.path}/noise", self.call, clock.step), fit.device)
+        noise = seed_for(fit.seed, f"{fit.path}/noise", self.call, clock.step)
+        seed_torch(noise, fit.device)
         for name, batch in batches.items():
             self.images[name] += len(batch.positions)
-        peak = self.settings.lr
-        now = peak * rate(self.settings, clock.progress, self.steps)
+        now = self.settings.lr * rate(self.settings, clock.progress, self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = now
         for weight in self.weights:  # as zero_grad does, without its 10 µs of bookkeeping
             weight.grad = None
+        value = sum(self._pass(*p, clock) for p in portions(batches, self.settings.micro_batch))
+        if fit.recorder:
+            seed_torch(noise, fit.device)  # should it look at the batch again
+            fit.recorder.before(batches, clock.step, self.optimizer)
+        for constraint in fit.constraints:
+            constraint.begin(self.params)
+        self.optimizer.step()
+        for constraint in fit.constraints:
+            constraint.end(self.params)
+        self._fill_mask()
+        if fit.recorder:
+            fit.recorder.after(clock.epoch, clock.step, self.optimizer)
+        return value
+
+    def _pass(self, batches: dict[str, Batch], share: float, clock: Clock) -> float:
+        """One forward and one backward pass; returns its part of the step's loss."""
         with self.placement.autocast():
             loss = self.objective(self.network, batches, clock)
+        loss = loss if share == 1 else loss * share
         value = float(loss.detach())
         if not math.isfinite(value):
             raise DivergedError(
@@ -292,12 +325,6 @@ class _Run:
                 f"({self.label}); use a lower learning rate or cap, or look for NaN in the data."
             )
         loss.backward()  # type: ignore[no-untyped-call]
-        for constraint in fit.constraints:
-            constraint.begin(self.params)
-        self.optimizer.step()
-        for constraint in fit.constraints:
-            constraint.end(self.params)
-        self._fill_mask()
         return value
 
     def _notice_mask(self) -> None:
@@ -322,8 +349,6 @@ class _Run:
                     if isinstance(value, Tensor) and value.shape == gone.shape:
                         value.masked_fill_(gone, 0.0)
 
-    # -- counting, commits, resume ------------------------------------------------------------
-
     def _count(self) -> None:
         """Move what this run has spent to the meter."""
         meter = self.fit.meter
@@ -339,15 +364,14 @@ class _Run:
             self._commit(journal)
 
     def _commit(self, journal: Journal) -> None:
+        if self.fit.recorder:  # never behind the fit
+            self.recorded = self.fit.recorder.commit()
+        journal.write(self.call, self._state())
+        self.committed = time.monotonic()
+
+    def _state(self) -> State:
         self._notice_mask()
-        names: dict[Tensor, str] = {p: n for n, p in self.params.items()}
-        tensors = {f"network.{n}": t for n, t in self.network.state_dict().items()}
-        for param, values in self.optimizer.state.items():
-            for key, value in values.items():
-                if isinstance(value, Tensor):
-                    tensors[f"optim.{key}.{names[param]}"] = value
         mask = self.fit.subject.mask if self.fit.subject else None
-        tensors |= {f"mask.{n}": t for n, t in (mask or {}).items()}
         values = {
             "step": self.step,
             "total": self.total,
@@ -356,30 +380,21 @@ class _Run:
             "wall": self.spent[0] + time.monotonic() - self.started,
             "cpu": self.spent[1] + time.process_time() - self.cpu_started,
             "masked": mask is not None,
+            "recorded": self.recorded,
         }
-        journal.write(self.call, State(tensors, values))
-        self.committed = time.monotonic()
+        return State(capture(self.network, self.params, self.optimizer, mask), values)
 
     def _resume(self) -> None:
-        state = self.fit.journal.read(self.call) if self.fit.journal else None
+        kept = self.fit.journal.read(self.call) if self.fit.journal else None
+        state = kept or self.fit.start
         if state is None:
             return
-        parts: dict[str, dict[str, Tensor]] = {"network": {}, "optim": {}, "mask": {}}
-        for name, tensor in state.tensors.items():
-            kind, _, rest = name.partition(".")
-            parts[kind][rest] = tensor
-        with torch.no_grad():
-            own = self.network.state_dict()
-            for name, tensor in parts["network"].items():
-                own[name].copy_(tensor)
-        for name, tensor in parts["optim"].items():
-            key, _, param = name.partition(".")
-            self.optimizer.state[self.params[param]][key] = like(tensor, self.params[param])
+        mask = Mask(restore(state.tensors, self.network, self.params, self.optimizer))
         values = state.values
+        self.recorded = values.get("recorded")
         if self.fit.subject:
-            mask = Mask(parts["mask"]) if values["masked"] else None
-            if mask != self.fit.subject.mask:
-                self.fit.subject.set_mask(mask)
+            if (mask if values["masked"] else None) != self.fit.subject.mask:
+                self.fit.subject.set_mask(mask if values["masked"] else None)
             self.seen_mask = self.fit.subject.mask
         self.step, self.total, self.history = values["step"], values["total"], values["history"]
-        self.images, self.spent = values["images"], [values["wall"], values["cpu"]]
+        self.images, self.spent = dict(values["images"]), [values["wall"], values["cpu"]]

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from efface.cost import Meter
-from efface.data import Stream, chunks
+from efface.data import Cohorts, Stream, chunks
 from efface.errors import MismatchError, NeedsError
 from efface.fitting import Fit
-from efface.journal import Journal
+from efface.journal import Journal, State
 from efface.seeds import own_seed
 from efface.task import Settings
 from efface.trained import TrainedModel, weights_digest
@@ -72,6 +72,15 @@ def recorded_settings(trained: TrainedModel) -> Settings:
     return Settings(**values)
 
 
+def _check_cohorts(trained: TrainedModel, cohorts: Cohorts | None) -> None:
+    step = trained.trained_by()
+    if cohorts is None and step is not None and "cohorts" in step.detail:
+        raise NeedsError(
+            "this model was trained with cohorts, and only the log of its training knows which; "
+            "give it (--log LOGDIR)."
+        )
+
+
 def replay(
     trained: TrainedModel,
     positions: Tensor,
@@ -80,6 +89,8 @@ def replay(
     epochs: int,
     *,
     matched: bool = False,
+    cohorts: Cohorts | None = None,
+    start: State | None = None,
     label: str = "replay",
 ) -> nn.Module:
     """Train a network from a model's initial weights on its first epochs, without some records.
@@ -93,17 +104,23 @@ def replay(
         epochs: How many of the training's epochs.
         matched: Lower the rate by the number of steps that a training on ``positions`` alone has,
             over that of the recorded one: batches with holes take more steps over fewer records.
+        cohorts: Those of the training.
+        start: A recorded state of the training to go on from, instead of its initial weights.
         label: What progress calls it.
 
     Returns:
         The network after those epochs, dense, on the CPU.
 
     Raises:
-        NeedsError: If initial weights or order are not known.
+        NeedsError: If initial weights or order are not known, or cohorts are missing.
         MismatchError: If the task's network begins otherwise today.
     """
+    _check_cohorts(trained, cohorts)
     network = replace(fit, seed=0).fresh()
-    network.load_state_dict(initial_weights(trained, fit))
+    if start is None:
+        network.load_state_dict(initial_weights(trained, fit))
+    else:  # what the training had spent until then is not the replay's
+        start = State(start.tensors, {**start.values, "images": {"retain": 0}, "wall": 0, "cpu": 0})
     whole = recorded_settings(trained)
     settings = replace(whole, epochs=epochs, ahead=whole.epochs - epochs)
     if matched:
@@ -122,12 +139,13 @@ def replay(
         meter=meter,
         constraints=(),
         hooks=(),
+        start=start,
     )
     everyone = None if torch.equal(within, positions) else within
     again(
         network,
         again.descend,
-        {"retain": Stream(positions, within=everyone)},
+        {"retain": Stream(positions, within=everyone, cohorts=cohorts)},
         settings,
         label=label,
     )

@@ -4,14 +4,40 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from efface.data import chunks
+from efface.data import Batch, chunks
+from efface.journal import State
+from efface.mask import Mask
 from efface.task import Settings, Task
+
+
+class StepRecorder(Protocol):
+    """Sees every optimiser step of a fit, from outside the constraints and the mask."""
+
+    def resume(self, network: nn.Module, step: int, steps: int, recorded: int | None, /) -> None:
+        """The fit begins, or goes on, with this step: what was recorded from there on is void.
+
+        ``recorded`` is what :meth:`commit` told then; None: the fit begins.
+        """
+
+    def epoch(self, epoch: int, state: Callable[[], State], /) -> None:
+        """An epoch begins; ``state()`` is what the fit could go on from."""
+
+    def before(
+        self, batches: Mapping[str, Batch], step: int, optimizer: torch.optim.Optimizer, /
+    ) -> None:
+        """Gradients are there, weights are old."""
+
+    def after(self, epoch: int, step: int, optimizer: torch.optim.Optimizer, /) -> None:
+        """Weights are new, and the mask holds."""
+
+    def commit(self) -> int:
+        """Make durable what was recorded: the fit's own commit follows. Tells how much it is."""
 
 
 def like(tensor: Tensor, param: Tensor) -> Tensor:
@@ -19,6 +45,43 @@ def like(tensor: Tensor, param: Tensor) -> Tensor:
     if tensor.shape != param.shape:
         return tensor
     return torch.empty_like(param, dtype=tensor.dtype).copy_(tensor)
+
+
+def capture(
+    network: nn.Module,
+    params: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    mask: Mask | None,
+) -> dict[str, Tensor]:
+    """The tensors of a fit's state: ``network.…``, ``optim.KEY.…`` and ``mask.…``."""
+    names: dict[Tensor, str] = {p: n for n, p in params.items()}
+    tensors = {f"network.{n}": t for n, t in network.state_dict().items()}
+    for param, values in optimizer.state.items():
+        for key, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"optim.{key}.{names[param]}"] = value
+    return tensors | {f"mask.{n}": t for n, t in (mask or {}).items()}
+
+
+def restore(
+    tensors: Mapping[str, Tensor],
+    network: nn.Module,
+    params: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+) -> dict[str, Tensor]:
+    """Put captured tensors back; returns those of the mask."""
+    parts: dict[str, dict[str, Tensor]] = {"network": {}, "optim": {}, "mask": {}}
+    for name, tensor in tensors.items():
+        kind, _, rest = name.partition(".")
+        parts[kind][rest] = tensor
+    with torch.no_grad():
+        own = network.state_dict()
+        for name, tensor in parts["network"].items():
+            own[name].copy_(tensor)
+    for name, tensor in parts["optim"].items():
+        key, _, param = name.partition(".")
+        optimizer.state[params[param]][key] = like(tensor, params[param])
+    return parts["mask"]
 
 
 def make_optimizer(params: Mapping[str, nn.Parameter], settings: Settings) -> torch.optim.Optimizer:

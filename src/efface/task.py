@@ -38,6 +38,9 @@ class Settings:
         begun: Epochs of the schedule that are behind the fit already.
         ahead: Epochs of the schedule that come after the fit: it gets the rates of the ``epochs``
             in the middle of ``begun + epochs + ahead``.
+        micro_batch: Records per forward and backward pass, where a batch does not fit in memory:
+            a step's gradients are added up over the passes (batch norm sees each by itself).
+            0 takes a batch whole.
     """
 
     epochs: int = 10
@@ -51,6 +54,7 @@ class Settings:
     bn: Literal["train", "frozen", "recalibrate"] = "train"
     begun: int = 0
     ahead: int = 0
+    micro_batch: int = 0
 
     def __post_init__(self) -> None:
         wrong = {
@@ -62,6 +66,7 @@ class Settings:
             "warmup must lie in [0, 1]": not 0 <= self.warmup <= 1,
             "begun must be 0 or more": self.begun < 0,
             "ahead must be 0 or more": self.ahead < 0,
+            "micro_batch must be 0 or more": self.micro_batch < 0,
         }
         for sentence, is_wrong in wrong.items():
             if is_wrong:
@@ -69,7 +74,7 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         """As a JSON value; a fit that has a schedule of its own, as nearly every one, is silent."""
-        silent = [k for k in ("begun", "ahead") if not getattr(self, k)]
+        silent = [k for k in ("begun", "ahead", "micro_batch") if not getattr(self, k)]
         return {k: v for k, v in asdict(self).items() if k not in silent}
 
 

@@ -67,6 +67,8 @@ class TrainedModel:
         self.maker: Mapping[str, Any] | None = None
         """Settings of the pruner that made the mask in a step that is not in the lineage yet;
         empty where that is nobody."""
+        self.log: Path | None = None
+        """Where the log of its training's updates lies, if it is at hand; not saved."""
         self._mask: Mask | None = None
         self.set_mask(mask)
 
@@ -120,7 +122,7 @@ class TrainedModel:
             lineage=self.lineage,
             forgotten=self.forgotten,
         )
-        made.maker = self.maker
+        made.maker, made.log = self.maker, self.log
         return made
 
     def save(self, path: str | Path, *, force: bool = False) -> Path:

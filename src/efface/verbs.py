@@ -7,7 +7,8 @@ new model's lineage, with its cost.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,11 @@ from efface.sparsify import OneShot, Pruner, build_pruner
 from efface.task import Split, Task
 from efface.trained import TrainedModel, blank_network, weights_digest
 from efface.unlearn import Unlearner, build, check_needs, filled, to_json
+from efface.updates.cohorts import Members, cohorts_of
 from efface.work import How, Work, from_scratch
+
+if TYPE_CHECKING:
+    from efface.updates.recorder import Recorder
 
 
 def train(
@@ -37,6 +42,9 @@ def train(
     rewind: int | None = None,
     keep_initial: bool = False,
     initial: TrainedModel | None = None,
+    recorder: Recorder | None = None,
+    cohorts: Members | None = None,
+    cohort_epochs: int | None = None,
     device: str = "auto",
     progress: Progress | None = None,
     journal: Journal | None = None,
@@ -50,6 +58,11 @@ def train(
         keep_initial: Keep the initial weights themselves; otherwise their seed and digest are kept,
             which cost nothing but need the same network and version of PyTorch.
         initial: Begin with the initial weights of this model instead of own ones.
+        recorder: Log what every step changes, so that it can be subtracted or replayed later.
+        cohorts: Deletable records that share batches: ID → name of its cohort, or the IDs of one.
+            A request for all of a cohort then touches few steps.
+        cohort_epochs: The cohorts take part in the last so many epochs only: exact replay without
+            them then costs about as many.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
         progress: Called after every step.
         journal: Where to keep the state, so that a killed run goes on.
@@ -59,6 +72,7 @@ def train(
 
     Raises:
         DivergedError: If the loss becomes NaN or infinite.
+        LogError: If the recorder's folder holds another log.
 
     Example:
         >>> import torch, efface
@@ -70,7 +84,17 @@ def train(
     """
     everyone = torch.arange(len(task.records))
     how = How(device, progress, journal)
-    model = from_scratch(task, everyone, "train", seed, how, rewind=rewind, origin=initial)
+    model = from_scratch(
+        task,
+        everyone,
+        "train",
+        seed,
+        how,
+        rewind=rewind,
+        origin=initial,
+        recorder=recorder,
+        cohorts=cohorts_of(task, cohorts, cohort_epochs) if cohorts else None,
+    )
     if keep_initial:
         model.initial_weights = initial_weights(model, Fit(task))
     return model
@@ -178,6 +202,7 @@ def forget(
     split: Split,
     method: Unlearner | str,
     *,
+    log: str | Path | None = None,
     seed: int = 0,
     device: str = "auto",
     progress: Progress | None = None,
@@ -192,6 +217,7 @@ def forget(
         trained: Left as it is.
         split: What to forget.
         method: An unlearner, or its name.
+        log: The log of the model's training, for methods that need it.
         seed: Every random choice derives from it.
         device: Where to compute.
         progress: Called after every step.
@@ -218,9 +244,10 @@ def forget(
     split = split.without(trained.forgotten.positions(trained.task))
     if not isinstance(chosen, Unlearner):
         raise MethodError(f"{chosen!r} is no method that forgets; see: efface methods.")
-    check_needs(chosen, trained, split)
-    forgotten = trained.forgotten.adding(split)
     model = trained.copy()
+    model.log = trained.log if log is None else Path(log)
+    check_needs(chosen, model, split)
+    forgotten = trained.forgotten.adding(split)
     work = Work(model, "forget", seed, How(device, progress, journal))
     chosen(model, split, work.fit)
     model.maker = None  # the lineage has it now

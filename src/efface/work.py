@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from efface.cost import Stopwatch, versions
+from efface.data import Cohorts
 from efface.errors import MethodError
 from efface.fitting import Clock, Fit, History, Progress, warm_up
 from efface.journal import Journal, State
@@ -21,6 +22,10 @@ from efface.seeds import own_seed
 from efface.task import Task
 from efface.trained import TrainedModel, blank_network, weights_digest
 from efface.unlearn.retrain import train_from
+from efface.updates.cohorts import facts
+
+if TYPE_CHECKING:
+    from efface.updates.recorder import Recorder
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,8 @@ def from_scratch(
     mask: Mask | None = None,
     start: Mapping[str, Tensor] | None = None,
     origin: TrainedModel | None = None,
+    recorder: Recorder | None = None,
+    cohorts: Cohorts | None = None,
     **detail: Any,
 ) -> TrainedModel:
     """Train from fresh (or given) weights on these records; from those of ``origin``, if there."""
@@ -116,12 +123,23 @@ def from_scratch(
         )
     if rewind is not None:
         detail["rewind_epoch"] = rewind
+    if cohorts is not None:
+        detail["cohorts"] = facts(cohorts)
     work = Work(TrainedModel(task, blank_network(task)), verb, seed, how)
     model = work.model = _fresh_model(work.fit, mask, start, origin)
     fit = replace(work.fit, subject=model)
     if rewind:
         fit = fit.with_(hook=Rewind(model, rewind, how.journal))
-    train_from(fit, model.network, positions, label=verb)
+    recording = recorder.begin(fit, model.network, cohorts) if recorder else None
+    try:
+        fit = replace(fit, recorder=recording)
+        train_from(fit, model.network, positions, label=verb, cohorts=cohorts)
+        if recording:
+            detail["log"] = recording.finish(model.digest)
+            model.log = recording.log.folder
+    finally:
+        if recording:
+            recording.close()
     if rewind and model.rewind is None and how.journal:
         kept = how.journal.read("rewind")  # by the run that was killed
         model.rewind = kept.tensors if kept else None

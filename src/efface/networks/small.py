@@ -35,29 +35,27 @@ class MLP(nn.Sequential):
 class DigitsCNN(nn.Sequential):
     """A network for 8×8 digits: three convolutions with batch norm (12,762 parameters).
 
+    Args:
+        classes: Outputs.
+        norm: Batch norm after every convolution; without it they have biases instead.
+
     Shapes: float in [0, 1] ``[B, 1, 8, 8]`` → ``[B, classes]``.
 
     >>> DigitsCNN()(torch.rand(2, 1, 8, 8)).shape
     torch.Size([2, 10])
     """
 
-    def __init__(self, classes: int = 10) -> None:
-        super().__init__(
-            OrderedDict(
-                conv1=convolution(1, 16),
-                norm1=nn.BatchNorm2d(16),
-                act1=nn.ReLU(),
-                conv2=convolution(16, 24),
-                norm2=nn.BatchNorm2d(24),
-                act2=nn.ReLU(),
-                pool=nn.MaxPool2d(2),
-                conv3=convolution(24, 24),
-                norm3=nn.BatchNorm2d(24),
-                act3=nn.ReLU(),
-                flatten=nn.Flatten(),
-                classifier=nn.Linear(24 * 4 * 4, classes),
-            )
-        )
+    def __init__(self, classes: int = 10, *, norm: bool = True) -> None:
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        for i, (inputs, outputs) in enumerate(pairwise((1, 16, 24, 24)), 1):
+            layers |= {f"conv{i}": convolution(inputs, outputs)}
+            layers |= {f"norm{i}": nn.BatchNorm2d(outputs)} if norm else {}
+            layers |= {f"act{i}": nn.ReLU()}
+            layers |= {"pool": nn.MaxPool2d(2)} if i == 2 else {}
+        layers |= {"flatten": nn.Flatten(), "classifier": nn.Linear(24 * 4 * 4, classes)}
+        super().__init__(layers)
+        if not norm:
+            _biases(self)
 
 
 class ThreeConv(nn.Sequential):
@@ -109,6 +107,7 @@ class AirNet(nn.Sequential):
         channels: Of the images: 3, or 1 for grey ones (whose stem has 8 filters instead of 24).
         mean: For normalisation, per channel (see :mod:`efface.networks`).
         std: The same.
+        norm: Batch norm; without it the convolutions have biases instead.
 
     Raises:
         TaskError: If channels are neither 1 nor 3.
@@ -127,6 +126,7 @@ class AirNet(nn.Sequential):
         channels: int = 3,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        norm: bool = True,
     ) -> None:
         stem = _patch_stem(channels)
         filters = stem.out_channels
@@ -136,6 +136,25 @@ class AirNet(nn.Sequential):
             layers[f"block{i}"] = _air_block(inputs, outputs)
         layers |= {"pool": GlobalMaxPool(), "classifier": nn.Linear(widths[-1], classes)}
         super().__init__(layers)
+        if not norm:
+            _without_norm(self)
+            _biases(self)
+
+
+def _without_norm(network: nn.Sequential) -> None:
+    """Take the batch norms out of a network and its blocks."""
+    for name, layer in list(network.named_children()):
+        if isinstance(layer, nn.BatchNorm2d):
+            delattr(network, name)
+        elif isinstance(layer, nn.Sequential):
+            _without_norm(layer)
+
+
+def _biases(network: nn.Module) -> None:
+    """Give the convolutions the biases that batch norm would have brought."""
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.bias = nn.Parameter(torch.zeros(layer.out_channels))
 
 
 def _norm(channels: int) -> nn.BatchNorm2d:

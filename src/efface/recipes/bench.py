@@ -21,6 +21,7 @@ from efface.recipes.stability import stability
 from efface.recipes.stages import Stages
 from efface.recipes.summary import curves, judge, summarise
 from efface.recipes.tables import tables
+from efface.recipes.undoing import curves_over_keep, storage
 from efface.report import bench_page
 
 SCHEMA = "efface.bench/1"
@@ -92,6 +93,7 @@ def _document(
 ) -> dict[str, Any]:
     """What was run and what was found, as ``results.json`` holds it."""
     recipe = bench.recipe
+    summary = summarise(recipe, rows)
     return {
         "schema": SCHEMA,
         "recipe": recipe.name,
@@ -107,10 +109,12 @@ def _document(
         "search": search,
         "influence": stages.influence,
         "rows": rows,
-        "summary": summarise(recipe, rows),
+        "summary": summary,
         "claims": judge(recipe.claims, rows),
         "curves": curves(recipe, rows),
         "stability": stability(plan, rows),
+        "storage": storage(rows),
+        "over_keep": curves_over_keep(plan, summary),
     }
 
 
@@ -155,6 +159,9 @@ def check_plan(bench: Bench, plan: Size) -> None:
         needs = model.make_pruner().requires if model.pruner is not None else ()
         if plan.rewind is None and "rewind" in needs:
             raise InputError(f"model {model.name!r} rewinds; say rewind = EPOCH for this size.")
+    for name in plan.cases:
+        for model in plan.models_in(name):
+            bench.data("forget", name, model.name)
     for name, case in plan.cases.items():
         split = bench.data("forget", name)[1]
         if case.proxy and bench.data("proxy", name)[1].forget.equal(split.forget):

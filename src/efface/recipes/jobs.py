@@ -10,6 +10,7 @@ import json
 import os
 import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,11 +30,12 @@ from efface.files import digest, write_atomic
 from efface.placement import pick_device
 from efface.predict import logits
 from efface.recipes.models import Bench, Job, original, original_key, reference, reference_key
-from efface.recipes.plan import Selection
+from efface.recipes.sources import Selection
 from efface.recipes.stability import at_balances
 from efface.recipes.store import records_digest
 from efface.recipes.traces import mask_metrics, masks_beside
 from efface.recipes.transfer import kept_accuracy, probe
+from efface.recipes.undoing import stored, undo_metrics
 from efface.signals import attack_success_rate
 from efface.stats import rate
 from efface.task import Split
@@ -79,7 +81,7 @@ def result_path(bench: Bench, job: Job) -> Path:
         "without": records_digest(split),
         "unlearner": _settings(bench, job),
         "code": bench.code,
-        "selection": bench.selection(job.which, job.scenario).model_dump(mode="json"),
+        "selection": bench.selection(job.which, job.scenario, job.seed).model_dump(mode="json"),
         "beside": [reference_key(bench, other) for other in masks_beside(bench, job)],
     }
     folder = "search" if job.kind == "trial" else "rows"
@@ -112,10 +114,13 @@ def _measured(bench: Bench, job: Job, say: Callable[[str], None]) -> None:
     try:
         model, split = _model_of(bench, job, say), bench.data_of(job)[1]
         metrics = measure(bench, job, model, split) | mask_metrics(bench, job, model, say)
+        metrics |= _undone(bench, job, model, split, say)
         row |= {"metrics": metrics, "settings": _settings(bench, job)}
         row |= {"sparsity": model.sparsity, "cost": _cost(job, model)}
         if bench.plan.balances and job.kind == "row":
             row["balances"] = at_balances(bench, model, split)
+        if _shows_storage(bench, job) and model.log is not None:
+            row["storage"] = stored(model.log)
     except EffaceError as error:  # one method that cannot run is no reason to stop the others
         word = "diverged" if isinstance(error, DivergedError) else "failed"
         row |= {"metrics": {}, "status": word, "sentence": str(error)}
@@ -132,7 +137,31 @@ def _model_of(bench: Bench, job: Job, say: Callable[[str], None]) -> TrainedMode
         return make(bench, job, say)
     _, split = bench.data_of(job)
     seed, before = bench.seed + job.seed, original(bench, job, say)
-    return verbs.forget(before, split, method, seed=seed, device=bench.device)
+    with warnings.catch_warnings():
+        if bench.plan.record is not None:  # it is the recipe's point to take too many steps back
+            warnings.simplefilter("ignore", UserWarning)
+        return verbs.forget(before, split, method, seed=seed, device=bench.device)
+
+
+def _shows_storage(bench: Bench, job: Job) -> bool:
+    """Whether a row says what the log takes: originals of the first scenario do."""
+    asked = (job.kind, job.method, job.scenario)
+    return asked == ("row", "original", next(iter(bench.plan.cases)))
+
+
+def _undone(
+    bench: Bench, job: Job, model: TrainedModel, split: Split, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """What a row of a recorded model says of undoing; nothing for others."""
+    if bench.plan.record is None or job.kind != "row":
+        return {}
+    subject = Subject(model, model, split, device=pick_device(bench.device))
+    known = bench.model(job.model).references
+    plain = replace(job, kind="reference", method="", options={}, like="", order=0)
+    is_one = job.method.removeprefix("retrain-") in ("retrain", "again", *known)
+    goal = None if is_one else reference(bench, plain, say)
+    chosen = bench.selection(job.which, job.scenario, job.seed)
+    return undo_metrics(chosen, subject, model, original(bench, job, say), goal)
 
 
 def _settings(bench: Bench, job: Job) -> dict[str, Any] | None:
@@ -165,7 +194,7 @@ def measure(bench: Bench, job: Job, model: TrainedModel, split: Split) -> dict[s
     if split.label is not None:
         findings.append(ForgottenClass()(subject, draw))
     metrics = {f.name: _plain(f) for f in findings if f.status == "ok"}
-    selection = bench.selection(job.which, job.scenario)
+    selection = bench.selection(job.which, job.scenario, job.seed)
     if selection.poison is not None:
         metrics |= attack(bench, selection, model)
     if bench.plan.transfer is not None:

@@ -16,9 +16,10 @@ from typing import Any, Literal
 from efface import verbs
 from efface.files import canonical
 from efface.journal import Journal
-from efface.recipes.plan import Kind, Model, Selection, Size
+from efface.recipes.plan import Kind, Model, Size, recorder
 from efface.recipes.recipe import Recipe, parse
-from efface.recipes.store import TRAINING, Store, code_digest, identity, records_digest
+from efface.recipes.sources import Selection, Source
+from efface.recipes.store import RECORDING, TRAINING, Store, code_digest, identity, records_digest
 from efface.recipes.transfer import Downstream, downstream, restricted
 from efface.task import Split, Task
 from efface.trained import TrainedModel
@@ -76,7 +77,11 @@ class Bench:
         """A model of the plan; without a name, what pruned models are pruned from."""
         return next(m for m in (BASE, *self.plan.models) if m.name == name)
 
-    def selection(self, which: Which = "forget", scenario: str = "") -> Selection:
+    def dense(self, name: str) -> str:
+        """The model that a model was pruned from; itself, if it was not."""
+        return name if self.model(name).pruner is None else BASE.name
+
+    def selection(self, which: Which = "forget", scenario: str = "", seed: int = 0) -> Selection:
         """What is to be forgotten: in the rows that are reported, or in the search."""
         case = self.plan.case(scenario)
         chosen = case.forget if which == "forget" else case.proxy
@@ -84,15 +89,19 @@ class Bench:
         if chosen.harmful is not None:  # before they are chosen: any
             classes = self.classes or self.plan.transfer.source[:1]  # type: ignore[union-attr]
             return Selection.model_validate({"classes": classes})
-        return chosen
+        return chosen.at(seed)
 
-    def data(self, which: Which = "forget", scenario: str = "") -> tuple[Task, Split]:
-        """Task and split, made once per process."""
-        return _data(self.plan, self.selection(which, scenario))
+    def data(
+        self, which: Which = "forget", scenario: str = "", model: str = "", seed: int = 0
+    ) -> tuple[Task, Split]:
+        """Task and split of a model and a training seed, made once per process."""
+        mine = self.model(model)
+        source = self.plan.task.changed(mine.fit, mine.network_options)
+        return _data(self.plan, source, self.selection(which, scenario, seed))
 
     def data_of(self, job: Job) -> tuple[Task, Split]:
         """Task and split of a job."""
-        return self.data(job.which, job.scenario)
+        return self.data(job.which, job.scenario, job.model, job.seed)
 
     def identity(self, job: Job) -> dict[str, Any]:
         """What the model of a training seed depends on."""
@@ -110,14 +119,18 @@ def _parsed(text: str, name: str) -> Recipe:
 
 
 _made: dict[str, tuple[Task, Split]] = {}
+_tasks: dict[str, Task] = {}
 
 
-def _data(plan: Size, selection: Selection) -> tuple[Task, Split]:
+def _data(plan: Size, source: Source, selection: Selection) -> tuple[Task, Split]:
     held = plan.transfer and plan.transfer.source
-    key = canonical([plan.task.model_dump(), selection.model_dump(), held])
+    about = canonical([source.model_dump(), held])
+    if about not in _tasks:
+        task = source.build()
+        _tasks[about] = restricted(task, held) if held else task
+    key = canonical([about, selection.model_dump()])
     if key not in _made:
-        task = plan.task.build()
-        _made[key] = selection.apply(restricted(task, held) if held else task)
+        _made[key] = selection.apply(_tasks[about])
     return _made[key]
 
 
@@ -174,6 +187,10 @@ def original_key(bench: Bench, job: Job) -> dict[str, Any]:
     key = {"verb": "train", "rewind": bench.plan.rewind, **bench.identity(job)}
     key |= {"order": job.order} if job.order else {}
     model = bench.model(job.model)
+    if bench.plan.record is not None:
+        key["record"] = {**bench.plan.record, "code": code_digest(RECORDING)}
+    if model.cohort_epochs is not None:
+        key["cohort"] = [records_digest(bench.data_of(job)[1]), model.cohort_epochs]
     if model.pruner is None:
         return key
     more = {"keep_dense": True} if model.keep_dense else {}
@@ -183,14 +200,17 @@ def original_key(bench: Bench, job: Job) -> dict[str, Any]:
 def original(bench: Bench, job: Job, say: Callable[[str], None]) -> TrainedModel:
     """The model before any request: trained, and pruned where the plan's model is.
 
-    One of another order begins with the same initial weights.
+    One of another order begins with the same initial weights. Where the plan records, it knows its
+    log; the job that makes it reads the whole log once more.
     """
-    task, _ = bench.data_of(job)
+    task, split = bench.data_of(job)
     model, seed = bench.model(job.model), bench.seed + job.seed + APART * job.order
-    store = Store(bench.store, say)
+    store, key = Store(bench.store, say), original_key(bench, job)
+    cohort = [task.ids_[i] for i in split.forget.tolist()]
 
-    def trained(journal: Journal) -> TrainedModel:
+    def trained(journal: Journal | None) -> TrainedModel:
         first = original(bench, replace(job, order=0), say) if job.order else None
+        keep = bench.plan.record
         return verbs.train(
             task,
             seed=seed,
@@ -198,9 +218,12 @@ def original(bench: Bench, job: Job, say: Callable[[str], None]) -> TrainedModel
             initial=first,
             device=bench.device,
             journal=journal,
+            recorder=None if keep is None else recorder(store.log_path(key), keep),
+            cohorts=cohort if model.cohort_epochs else None,
+            cohort_epochs=model.cohort_epochs,
         )
 
-    def pruned(journal: Journal) -> TrainedModel:
+    def pruned(journal: Journal | None) -> TrainedModel:
         dense = original(bench, replace(job, model=BASE.name), say)
         return verbs.prune(
             dense,
@@ -212,7 +235,8 @@ def original(bench: Bench, job: Job, say: Callable[[str], None]) -> TrainedModel
         )
 
     make = trained if model.pruner is None else pruned
-    return store.get(original_key(bench, job), task, make)
+    logged = bench.plan.record is not None
+    return store.get(key, task, make, logged=logged, thorough=job.kind == "original")
 
 
 def reference_key(bench: Bench, job: Job) -> dict[str, Any]:
@@ -239,12 +263,12 @@ def reference(bench: Bench, job: Job, say: Callable[[str], None]) -> TrainedMode
     like = job.like or bench.model(job.model).like
     alike = _begins_alike(bench, like)
 
-    def make(journal: Journal) -> TrainedModel:
+    def make(journal: Journal | None) -> TrainedModel:
         model, first = None, replace(job, order=0)
         if like != "dense":
             model = original(bench, first, say)
         elif alike:  # it lends its initial weights, which any model of the seed has
-            model = original(bench, replace(first, model=BASE.name), say)
+            model = original(bench, replace(first, model=bench.dense(job.model)), say)
         return verbs.retrain(
             task,
             split,

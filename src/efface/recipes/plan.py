@@ -7,127 +7,23 @@ A size has one forget set (``forget``, and ``proxy`` to search on), or several b
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from functools import partial
 from itertools import product
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
-from torch import nn
+from pydantic import Field, field_validator, model_validator
 
-from efface import networks
-from efface.datasets import Patch, cifar10, digits, load_task, with_trigger, with_wrong_labels
-from efface.errors import InputError, MethodError
+from efface.errors import MethodError
 from efface.options import changed, merged
+from efface.recipes.sources import Part, Selection, Source
 from efface.sparsify import build_pruner
-from efface.task import Split, Task
 from efface.unlearn import build
+
+if TYPE_CHECKING:
+    from efface.updates.recorder import Recorder
 
 Kind = Literal["dense", "same-mask", "rewound", "repruned"]
 """Kinds of retrained models; see :func:`efface.retrain`."""
-
-
-class Part(BaseModel):
-    """A part of a recipe: immutable, no unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Selection(Part):
-    """What is to be forgotten: classes, a random fraction, or the poisoned records.
-
-    Of poisoned records, ``poison`` is the fraction, ``target`` the attacker's label and
-    ``trigger`` the options of the patch. ``harmful`` asks for so many source classes, those whose
-    removal helps a downstream task most. ``wrong_labels`` is the share of D_f that gets a wrong
-    label, where a network remembers too little of single records for their loss to be seen.
-    """
-
-    label: int | None = Field(None, alias="class")
-    random: float | None = None
-    seed: int = 0
-    poison: float | None = None
-    target: int = 0
-    trigger: Mapping[str, Any] = {}
-    wrong_labels: float = 0.0
-    classes: tuple[int, ...] = ()
-    harmful: int | None = None
-
-    @model_validator(mode="after")
-    def _one(self) -> Selection:
-        one = (self.label, self.random, self.poison, self.harmful, self.classes or None)
-        if sum(value is not None for value in one) != 1:
-            raise ValueError("give exactly one of class, classes, random, poison, harmful")
-        self.patch()
-        return self
-
-    def apply(self, task: Task) -> tuple[Task, Split]:
-        """The task, relabelled or poisoned where that is asked for, and its split."""
-        if self.label is not None:
-            return task, Split.by_class(task, self.label)
-        if self.random is not None:
-            split = Split.random(task, self.random, seed=self.seed)
-            if self.wrong_labels:
-                task = with_wrong_labels(task, split.forget, self.wrong_labels, seed=self.seed)
-                split = replace(split, task=task)
-            return task, split
-        if self.classes:
-            asked = " or ".join(f"target == {c}" for c in self.classes)
-            return task, Split.where(task, asked)
-        assert self.poison is not None
-        task, positions = with_trigger(task, self.poison, self.patch(), self.target, self.seed)
-        return task, Split.by_ids(task, [task.ids_[i] for i in positions.tolist()])
-
-    def patch(self) -> Patch:
-        """The trigger of poisoned records; the paper's where nothing is said of it."""
-        patch: Patch = changed("the trigger", Patch(), self.trigger)
-        return patch
-
-
-class Source(Part):
-    """A task: a built-in name or ``module:attribute``, and what is changed of it.
-
-    ``network`` is a network of :mod:`efface.networks`, made with ``network_args``.
-    """
-
-    name: str
-    records: int | None = None
-    validation: int = 2000
-    network: str | None = None
-    network_args: tuple[Any, ...] = ()
-    fit: Mapping[str, Any] = {}
-
-    def build(self) -> Task:
-        """Make the task.
-
-        Raises:
-            InputError: If the data is not at hand, or the network is unknown.
-        """
-        if self.name == "digits":
-            task = digits()
-        elif self.name == "cifar10":
-            task = cifar10(self.records, self.validation)
-        else:
-            task = load_task(self.name)
-        if self.network is not None:
-            task = replace(task, network=_network(self.network, self.network_args))
-        return replace(task, fit=changed("the fit", task.fit, self.fit), defaults={})
-
-
-def _network(name: str, arguments: tuple[Any, ...] = ()) -> Any:
-    """A factory of one of efface's networks, by its name."""
-    factory = getattr(networks, name, None)
-    if callable(factory):
-        made = partial(factory, *arguments) if arguments else factory
-        try:
-            if isinstance(made(), nn.Module):
-                return made
-        except (TypeError, ValueError):
-            pass
-    how = f"with network_args = {list(arguments)}" if arguments else "without arguments"
-    raise InputError(
-        f"efface.networks has no network {name!r} that can be made {how}; give a task of your own "
-        "as module:attribute."
-    )
 
 
 class Model(Part):
@@ -136,6 +32,10 @@ class Model(Part):
     ``like`` is the kind of retrained model that gaps are measured against; ``references`` are
     further kinds, each a row ``retrain-KIND`` of its own. ``keep_dense`` keeps the weights that
     pruning removed. ``scenarios`` are those that it takes part in: all where none is named.
+
+    A dense model may be trained otherwise than the size's task says: ``fit`` and
+    ``network_options`` are laid over the task's. With ``cohort_epochs`` the records of D_f share
+    batches, and come in the last so many epochs only.
     """
 
     name: str
@@ -145,10 +45,15 @@ class Model(Part):
     sparsities: tuple[float, ...] = ()
     keep_dense: bool = False
     scenarios: tuple[str, ...] = ()
+    fit: Mapping[str, Any] = {}
+    network_options: Mapping[str, Any] = {}
+    cohort_epochs: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
     def _buildable(self) -> Model:
         if self.pruner is not None:
+            if self.fit or self.network_options or self.cohort_epochs:
+                raise ValueError(f"model {self.name!r} is pruned: say how to train for the size")
             for model in self.expanded():
                 model.make_pruner()
         elif self.like != "dense" or self.sparsities or self.references or self.keep_dense:
@@ -183,7 +88,8 @@ class Method(Part):
     A searched option of an inner method is named with a dot (``"inner.lr"``). ``models`` holds
     options that differ from model to model, ``within`` those that differ from scenario to scenario,
     ``seeds`` the number of training seeds where it is not the recipe's. ``on`` and ``scenarios``
-    are the models and scenarios that it takes part in: all where none is named.
+    are the models and scenarios that it takes part in: all where none is named. ``keeps`` makes it
+    several methods, ``NAME-100``, ``NAME-10`` and so on: one for each value of its option ``keep``.
     """
 
     method: str
@@ -194,13 +100,23 @@ class Method(Part):
     seeds: int | None = None
     on: tuple[str, ...] = ()
     scenarios: tuple[str, ...] = ()
+    keeps: tuple[float, ...] = ()
+
+    def expanded(self, name: str) -> dict[str, Method]:
+        """One method for each ``keep``, by name."""
+        made = {}
+        for keep in self.keeps:
+            changes = {"options": {**self.options, "keep": keep}, "keeps": ()}
+            made[f"{name}-{100 * keep:g}"] = self.model_copy(update=changes)
+        return made or {name: self}
 
     @model_validator(mode="after")
     def _buildable(self) -> Method:
         if any(not values for values in self.search.values()):
             raise ValueError("search needs at least one value for each option")
-        for options in (*self.grid(), *self.models.values(), *self.within.values()):
-            build(self.method, merged(self.options, _nested(options)))
+        for one in self.expanded("").values():
+            for options in (*self.grid(), *self.models.values(), *self.within.values()):
+                build(self.method, merged(one.options, _nested(options)))
         return self
 
     def grid(self) -> list[dict[str, Any]]:
@@ -237,6 +153,20 @@ class Transfer(Part):
     influence_seeds: int = 2
 
 
+def recorder(folder: Path, options: Mapping[str, Any]) -> Recorder:
+    """The recorder that a size asks for.
+
+    Raises:
+        MethodError: For an unknown option, or a value of the wrong type.
+    """
+    from efface.updates.recorder import Recorder
+
+    if "folder" in options:
+        raise MethodError("record: the folder lies beside the kept model; leave it out.")
+    made: Recorder = changed("record", Recorder(folder), options)
+    return made
+
+
 class Scenario(Part):
     """A forget set that is reported, and another one to search values on."""
 
@@ -254,6 +184,8 @@ class Size(Part):
     initial weights in another order: with two, the trace is also measured from both sides, as what
     models of one kind share more with one another than with the other kind. ``balances`` are
     shares of members at which the released attack is fitted, to see what that does to its numbers.
+    ``record`` are the options of the recorder (see :class:`efface.updates.Recorder`) that keeps the
+    updates of every original, for methods that need a log.
     """
 
     task: Source
@@ -268,6 +200,7 @@ class Size(Part):
     originals: int = Field(1, ge=1, le=20)
     balances: tuple[float, ...] = ()
     transfer: Transfer | None = None
+    record: Mapping[str, Any] | None = None
     models: tuple[Model, ...]
     methods: Mapping[str, Method]
 
@@ -275,6 +208,27 @@ class Size(Part):
     @classmethod
     def _spread(cls, models: tuple[Model, ...]) -> tuple[Model, ...]:
         return tuple(one for model in models for one in model.expanded())
+
+    @field_validator("methods")
+    @classmethod
+    def _each_keep(cls, methods: Mapping[str, Method]) -> dict[str, Method]:
+        found: dict[str, Method] = {}
+        for name, method in methods.items():
+            more = method.expanded(name)
+            if set(more) & set(found):
+                raise ValueError(f"{name!r} makes a method that is there already")
+            found |= more
+        return found
+
+    @model_validator(mode="after")
+    def _recordable(self) -> Size:
+        if self.record is not None:
+            recorder(Path("log"), self.record)
+            if any(model.pruner is not None for model in self.models):
+                raise ValueError("record is for dense models: what pruning does is not logged")
+        elif any(model.cohort_epochs for model in self.models):
+            raise ValueError("cohort_epochs need record")
+        return self
 
     @model_validator(mode="after")
     def _named(self) -> Size:

@@ -16,7 +16,9 @@ from typing import Any
 from pydantic import Field, ValidationError, model_validator
 
 from efface.errors import InputError, MethodError, nearest
-from efface.recipes.plan import Part, Size
+from efface.recipes.plan import Size
+from efface.recipes.sources import Part
+from efface.recipes.undoing import SIDES, UNDONE
 
 TOPOLOGY = (
     *("mask_iou", "mask_iom", "mask_iou_before", "mask_iou_chance", "mask_iou_initial"),
@@ -28,11 +30,11 @@ TOPOLOGY = (
 MEASURED = (
     *("ua", "ra", "ta", "mia_efficacy", "mia_auc", "margin_forget"),
     *("forget_class_test_accuracy", "asr", "asr_paper", "probe", "kept_accuracy"),
-    *("mia_tpr_at_1fpr", *TOPOLOGY),
+    *("mia_tpr_at_1fpr", *TOPOLOGY, *UNDONE),
 )
 """What a row holds, as far as it applies."""
 
-METRICS = (*MEASURED, "average_gap", "gap_a", "seconds", "cost")
+METRICS = (*MEASURED, *SIDES, "average_gap", "gap_a", "seconds", "cost")
 """What a claim or a curve can be about."""
 
 

@@ -8,6 +8,7 @@ deleted at any time.
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable, Mapping
 from functools import cache, lru_cache
 from importlib import resources
@@ -17,10 +18,11 @@ from typing import Any
 import torch
 
 from efface.checkpoint import load
-from efface.errors import InputError
+from efface.errors import InputError, LogError
 from efface.files import digest
 from efface.fitting import Fit
 from efface.journal import Journal
+from efface.keys import key_fingerprint, load_key
 from efface.task import Split, Task
 from efface.trained import TrainedModel, weights_digest
 
@@ -29,6 +31,8 @@ TRAINING = (
     *("augment", "data", "feeds", "fitting", "mask", "networks", "placement", "replay", "seeds"),
     *("steps", "task", "trained", "work", "verbs", "retraining", "sparsify", "unlearn/retrain"),
 )
+RECORDING = ("updates",)
+"""What decides, beside that, what a log of a training holds."""
 
 
 @cache
@@ -86,19 +90,74 @@ class Store:
         """Whether there is a file for a key; only reading it shows whether it is whole."""
         return self.path(key).exists()
 
+    def log_path(self, key: Mapping[str, Any]) -> Path:
+        """Where the update log of a model's training is, or will be: beside the model."""
+        return self.path(key).with_suffix(".log")
+
     def get(
-        self, key: Mapping[str, Any], task: Task, make: Callable[[Journal], TrainedModel]
+        self,
+        key: Mapping[str, Any],
+        task: Task,
+        make: Callable[[Journal | None], TrainedModel],
+        *,
+        logged: bool = False,
+        thorough: bool = False,
     ) -> TrainedModel:
-        """The model of a key: from its file, or made now, going on where a killed run stopped."""
-        path = self.path(key)
+        """The model of a key: from its file, or made now, going on where a killed run stopped.
+
+        Args:
+            key: What it is.
+            task: Its task.
+            make: Makes it; a recorded training gets no journal, and begins anew.
+            logged: Whether its training is recorded; it then knows its log, which is there and is
+                its own.
+            thorough: Read the whole log, to find damage in it.
+        """
+        path, log = self.path(key), self.log_path(key)
         if path.exists():
             try:
-                return load(path, task)
+                model = load(path, task)
+                if logged:
+                    check_log(log, model, thorough)
+                    model.log = log
+                return model
             except InputError as error:
                 self.say(f"a kept model is damaged and is made again: {error}")
+        if logged:  # model and log are made together, or not at all
+            path.unlink(missing_ok=True)
+            shutil.rmtree(log, ignore_errors=True)
+            model = make(None)
+            model.save(path, force=True)
+            model.log = log
+            return model
         journal = Journal(path.with_suffix(".partial"), dict(key), self.seconds)
         journal.start()
         model = make(journal)
         model.save(path, force=True)
         journal.clear()
         return model
+
+
+def check_log(folder: Path, model: TrainedModel, thorough: bool = False) -> None:
+    """Check that the log beside a kept model is whole, and of its training.
+
+    Args:
+        folder: The log.
+        model: As its training left it.
+        thorough: Read every segment.
+
+    Raises:
+        LogError: If it is absent, damaged, not finished, of another key or of another training.
+    """
+    from efface.updates.log import UpdateLog
+
+    with UpdateLog.open(folder) as log:
+        own = key_fingerprint(load_key())
+        if log.manifest.get("key") != own:
+            raise LogError(f"{folder} was recorded under another key than {own}; record it again.")
+        finished = log.info()["finished"] or {}
+        if finished.get("weights") != model.digest:
+            raise LogError(f"{folder} is not the log of this model; record it again.")
+        bad = [part["sentence"] for part in log.verify() if not part["ok"]] if thorough else []
+        if bad:
+            raise LogError(f"{folder} is damaged ({bad[0].rstrip('.')}); record it again.")

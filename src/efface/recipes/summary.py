@@ -11,6 +11,7 @@ from efface.recipes.jobs import GAPS, gap
 from efface.recipes.recipe import MEASURED, TOPOLOGY, Claim, Curve, Recipe
 from efface.recipes.spread import spread
 from efface.recipes.traces import trace_removed, trace_removed_between
+from efface.recipes.undoing import SIDES, UNDONE, side, verdict
 
 Row = Mapping[str, Any]
 
@@ -35,8 +36,13 @@ class Table:
         return {r["seed"]: r for r in sorted(found, key=lambda r: r["seed"])}
 
     def values(self, model: str, method: str, metric: str, scenario: str = "") -> dict[int, float]:
-        """Seed → value of a metric, or of a gap to the mean of the retrained models."""
+        """Seed → value of a metric, or of a gap to the mean of the retrained models.
+
+        What is remembered or lost is the difference to the retrained model of the same seed.
+        """
         rows = self.of(model, method, scenario)
+        if metric in SIDES:
+            return self._sides(rows, self.of(model, "retrain", scenario), metric)
         if metric in GAPS:
             middle = self.reference(model, scenario)
             found = {seed: gap(row["metrics"], middle, metric) for seed, row in rows.items()}
@@ -47,6 +53,21 @@ class Table:
             whole = _images(self.of(model, "retrain", scenario))
             return {s: n / whole[s] for s, n in _images(rows).items() if whole.get(s)}
         return {s: r["metrics"][metric]["value"] for s, r in rows.items() if metric in r["metrics"]}
+
+    @staticmethod
+    def _sides(rows: dict[int, Row], retrained: dict[int, Row], kind: str) -> dict[int, float]:
+        shared = [seed for seed in rows if seed in retrained and rows[seed] is not retrained[seed]]
+        found = {}
+        for seed in shared:
+            theirs = {n: m["value"] for n, m in retrained[seed]["metrics"].items()}
+            found[seed] = side(kind, rows[seed], theirs)
+        return {seed: value for seed, value in found.items() if value is not None}
+
+    def apart(self, model: str, method: str, metric: str, scenario: str = "") -> list[float]:
+        """Differences to the retrained model of the same seed."""
+        mine = self.values(model, method, metric, scenario)
+        theirs = self.values(model, "retrain", metric, scenario)
+        return [mine[seed] - theirs[seed] for seed in mine if seed in theirs]
 
     def reference(self, model: str, scenario: str = "") -> dict[str, Any]:
         """The mean of the retrained models of a model, in the form of a row's metrics."""
@@ -63,8 +84,10 @@ def _images(rows: Mapping[int, Row]) -> dict[int, float]:
 def summarise(recipe: Recipe, rows: Sequence[Row]) -> list[dict[str, Any]]:
     """For each scenario, model and method: every metric over seeds, its gap, what the paper has.
 
-    A gap is the difference of means, as in the papers. The average gap is given twice: of means
-    (``value``), and per training seed (``mean``, ``std`` and interval).
+    A gap is the difference of means, as in the papers; ``apart`` is the difference by seed, with
+    its sign and interval. The average gap is given twice: of means (``value``), and per training
+    seed (``mean``, ``std`` and interval). ``memory`` is what is still remembered of D_f beyond what
+    retrained models know of it, ``damage`` what was lost beside it, ``verdict`` both in words.
     """
     table = Table(rows)
     return [_entry(recipe, table, *named) for named in table.named]
@@ -80,8 +103,9 @@ def _entry(recipe: Recipe, table: Table, scenario: str, model: str, method: str)
         if not values:
             continue
         entry = spread(values)
-        if method != "retrain" and name in middle and name not in TOPOLOGY:
+        if method != "retrain" and name in middle and name not in (*TOPOLOGY, *UNDONE):
             entry["gap"] = abs(entry["mean"] - middle[name]["value"])
+            entry["apart"] = spread(table.apart(model, method, name, scenario))
         if name in paper:
             entry["paper"] = _paper(paper[name], theirs.get(name))
         metrics[name] = entry
@@ -101,6 +125,9 @@ def _entry(recipe: Recipe, table: Table, scenario: str, model: str, method: str)
         "trace_removed": trace_removed([row["metrics"] for row in found.values()]),
         "trace_removed_between": trace_removed_between([r["metrics"] for r in found.values()]),
     }
+    sides = {k: spread(list(table.values(model, method, k, scenario).values())) for k in SIDES}
+    whole = spread(list(table.values(model, "original", "memory", scenario).values()))
+    entry |= {**sides, "verdict": verdict(sides["memory"], sides["damage"], whole)}
     for kind in GAPS:
         means = {name: {"value": m["mean"]} for name, m in metrics.items()}
         value = gap(means, middle, kind) if method != "retrain" else None

@@ -8,6 +8,7 @@ from typing import Any
 from efface.report import plots
 from efface.report.bench_masks import is_base, masks
 from efface.report.bench_stability import stability_section
+from efface.report.bench_undo import undo_section, undone
 from efface.report.html import render
 from efface.report.words import closeness, interval, metric, number, significant
 
@@ -46,10 +47,12 @@ def bench_page(document: Mapping[str, Any]) -> str:
         scenarios=[_scenario(document, name, columns, i) for i, name in enumerate(names)],
         traces=any(entry.get("trace_removed") for entry in entries),
         claims=claims,
+        claim_grid=_grid(claims, names) if len(names) > 2 else None,
         claimed_in=any(claim["scenario"] for claim in claims),
         curves=[_curve(curve, i) for i, curve in enumerate(document["curves"])],
         influence=_influence(document.get("influence")),
         stability=stability_section(document.get("stability")),
+        undo=undo_section(document),
         search=[_searched(found) for found in document["search"]],
         failed=[row for row in document["rows"] if row["status"] != "ok"],
     )
@@ -74,7 +77,10 @@ def _scenario(
     }
 
 
-_NAMES = {"average_gap": "average gap", "gap_a": "gap-A", "seconds": "seconds", "cost": "cost"}
+_NAMES = {
+    **{"average_gap": "average gap", "gap_a": "gap-A", "seconds": "seconds", "cost": "cost"},
+    **{"memory": "still remembered", "damage": "lost beside it"},
+}
 _GAPS = (
     ("average_gap", "average gap to retraining, points (left is better)"),
     ("gap_a", "gap-A, points (left is better)"),
@@ -94,6 +100,7 @@ def _section(
         "sparsity": number(sparsity, "percent") if sparsity else "",
         "rows": [_row(entry, columns) for entry in entries],
         "masks": masks(entries, f"masks-{salt}"),
+        "undo": undone(entries),
     }
 
 
@@ -131,8 +138,9 @@ def _spread(entry: Mapping[str, Any], kind: str) -> str:
 
 def _cell(entry: Mapping[str, Any] | None, kind: str) -> dict[str, str]:
     if entry is None:
-        return {"value": number(None), "gap": "", "paper": "", "tone": "", "word": ""}
-    gap, paper = entry.get("gap"), entry.get("paper")
+        empty = dict.fromkeys(("gap", "apart", "paper", "tone", "word"), "")
+        return {"value": number(None), **empty}
+    gap, paper, apart = entry.get("gap"), entry.get("paper"), entry.get("apart")
     word, tone = closeness(gap, None, kind)
     theirs = ""
     if paper:
@@ -142,6 +150,7 @@ def _cell(entry: Mapping[str, Any] | None, kind: str) -> dict[str, str]:
     return {
         "value": _spread(entry, kind),
         "gap": "" if gap is None else number(gap, kind, False),
+        "apart": interval(apart["low"], apart["high"], kind) if apart else "",
         "paper": theirs,
         "tone": tone,
         "word": word,
@@ -150,6 +159,7 @@ def _cell(entry: Mapping[str, Any] | None, kind: str) -> dict[str, str]:
 
 def _claim(claim: Mapping[str, Any]) -> dict[str, Any]:
     tone, icon = _TONES[claim["verdict"]]
+    how = metric(claim["metric"])
     apart = claim["difference"]
     kind = {"mia_auc": "score", "seconds": "seconds"}.get(claim["metric"], "percent")
     kind = "score" if claim["metric"].startswith("mask_") else kind
@@ -162,11 +172,21 @@ def _claim(claim: Mapping[str, Any]) -> dict[str, Any]:
         "difference": number(apart["mean"], kind, False),
         "interval": interval(apart["low"], apart["high"], kind),
         "n": apart["n"],
-        "metric": _NAMES.get(claim["metric"]) or metric(claim["metric"]).short,
+        "metric": _NAMES.get(claim["metric"]) or how.short or how.label,
         "word": claim["verdict"],
         "tone": tone,
         "icon": icon,
     }
+
+
+def _grid(claims: Sequence[Mapping[str, Any]], scenarios: Sequence[str]) -> dict[str, Any]:
+    """Claims as rows and scenarios as columns, where a row for each of both would be too many."""
+    rows: dict[tuple[str, ...], dict[str, Any]] = {}
+    for claim in claims:
+        about = tuple(claim[k] for k in ("text", "metric", "less", "than"))
+        row = rows.setdefault(about, {**claim, "cells": dict.fromkeys(scenarios)})
+        row["cells"][claim["scenario"]] = claim if claim["n"] else None
+    return {"scenarios": scenarios, "rows": list(rows.values())}
 
 
 def _dots(entries: Sequence[Mapping[str, Any]], kind: str, text: str, index: int) -> dict[str, Any]:

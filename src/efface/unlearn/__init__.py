@@ -12,8 +12,9 @@ from functools import cache
 from typing import Any
 
 from efface.errors import MethodError, nearest
-from efface.options import check_known, convert, in_words
+from efface.options import check_known, convert, in_words, merged
 from efface.sparsify import PRUNERS, Pruner, build_pruner
+from efface.unlearn.amnesiac import Amnesiac, AmnesiacControl
 from efface.unlearn.ascent import GradientAscent, NegGradPlus
 from efface.unlearn.base import (
     Chain,
@@ -22,6 +23,7 @@ from efface.unlearn.base import (
     Unlearner,
     check_needs,
     filled,
+    needs_of,
     to_json,
 )
 from efface.unlearn.certified import Certified
@@ -31,8 +33,11 @@ from efface.unlearn.fisher import FisherForgetting
 from efface.unlearn.from_dense import FromDense
 from efface.unlearn.influence import Influence
 from efface.unlearn.logit_off import LogitOff
+from efface.unlearn.partial import LayerwisePartial
+from efface.unlearn.presets import PRESETS, Preset
 from efface.unlearn.proximal import ProximalL1
 from efface.unlearn.relabel import RandomLabel
+from efface.unlearn.replaying import Replay
 from efface.unlearn.retrain import Retrain
 from efface.unlearn.salun import SalUn
 from efface.unlearn.scrub import Scrub
@@ -42,6 +47,8 @@ from efface.unlearn.unprune import Unprune
 
 __all__ = [
     "SSD",
+    "Amnesiac",
+    "AmnesiacControl",
     "Certified",
     "Chain",
     "CheckpointDifference",
@@ -51,12 +58,14 @@ __all__ = [
     "GradientAscent",
     "Influence",
     "L1Sparse",
+    "LayerwisePartial",
     "LogitOff",
     "Masked",
     "NegGradPlus",
     "ProximalL1",
     "PruneFirst",
     "RandomLabel",
+    "Replay",
     "Retrain",
     "SFRon",
     "SalUn",
@@ -68,6 +77,7 @@ __all__ = [
     "check_needs",
     "filled",
     "methods",
+    "presets",
     "pruners",
     "to_json",
 ]
@@ -102,13 +112,22 @@ def methods() -> dict[str, type[Any]]:
     return dict(sorted(found.items()))
 
 
+def presets() -> dict[str, Preset]:
+    """Name → preset, of those whose method is there.
+
+    >>> presets()["partial-ascent"].method
+    'layerwise-partial'
+    """
+    return {name: preset for name, preset in PRESETS.items() if preset.method in methods()}
+
+
 def build(name: str, options: Mapping[str, Any] | None = None) -> Any:
     """Make a method from its name and options (nested ones as mappings with ``"method"``).
 
     Options may be text, as the command line gives them; they are converted and checked.
 
     Args:
-        name: A method's name or alias.
+        name: The name of a method or preset, or an alias.
         options: Option → value.
 
     Raises:
@@ -120,10 +139,14 @@ def build(name: str, options: Mapping[str, Any] | None = None) -> Any:
     """
     known = methods()
     name = ALIASES.get(name, name)
+    if name in presets():
+        preset = PRESETS[name]
+        name, options = preset.method, _over(preset.options, options or {})
     if name in PRUNERS and name not in known:
         return build_pruner(name, options)
     if name not in known:
-        raise MethodError(f"method {name!r} is unknown; {nearest(name, [*methods(), *ALIASES])}")
+        names = [*methods(), *presets(), *ALIASES]
+        raise MethodError(f"method {name!r} is unknown; {nearest(name, names)}")
     cls = known[name]
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
@@ -147,6 +170,18 @@ def build(name: str, options: Mapping[str, Any] | None = None) -> Any:
     return cls(**values)
 
 
+def _over(base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """A preset's options with those given laid over them; another inner method brings its own."""
+    own = {}
+    for option, value in base.items():
+        more = given.get(option)
+        named = more.get("method") if isinstance(more, Mapping) else None
+        same = named is None or not isinstance(value, Mapping)
+        if same or ALIASES.get(str(named), named) == value.get("method"):
+            own[option] = value
+    return merged(own, given)
+
+
 def _nested(name: str, option: str, value: Any, field: dataclasses.Field[Any]) -> Any:
     """A method inside a wrapper: an object, a name, or options with or without a name."""
     inner = value
@@ -164,17 +199,21 @@ def _nested(name: str, option: str, value: Any, field: dataclasses.Field[Any]) -
 
 
 def catalogue(name: str | None = None) -> list[dict[str, Any]]:
-    """What each method is, needs and takes; or the one named, which may be a pruner, too.
+    """What each method and preset is, needs and takes; or the one named, which may be a pruner.
 
     Raises:
         MethodError: If there is no method of that name.
     """
     if name is None:
-        return [_entry(cls) for cls in methods().values()]
+        entries = [_entry(cls) for cls in methods().values()]
+        return sorted([*entries, *map(_preset, presets())], key=lambda entry: str(entry["name"]))
+    if name in presets():
+        return [_preset(name)]
     found = methods() | {pruner: _class_of(pruner) for pruner in PRUNERS}
     name = ALIASES.get(name, name)
     if name not in found:
-        raise MethodError(f"method {name!r} is unknown; {nearest(name, [*found, *ALIASES])}")
+        names = [*found, *presets(), *ALIASES]
+        raise MethodError(f"method {name!r} is unknown; {nearest(name, names)}")
     return [_entry(found[name]) | {"name": name}]
 
 
@@ -209,6 +248,32 @@ def _entry(cls: type[Any]) -> dict[str, Any]:
         "options": options,
         "doc": inspect.getdoc(cls) or "",
     }
+
+
+def _preset(name: str) -> dict[str, Any]:
+    """The same of a preset, with its own defaults and, after a dot, what the inner method takes."""
+    preset, made = PRESETS[name], build(name)
+    return {
+        "name": name,
+        "title": preset.title,
+        "paper": preset.paper,
+        "needs": sorted(needs_of(made)),
+        "options": _options(made),
+        "doc": preset.doc,
+    }
+
+
+def _options(made: Any) -> list[dict[str, str]]:
+    """Options of a method as it is made, those of what it contains after its own."""
+    options = []
+    for entry in _entry(type(made))["options"]:
+        value = getattr(made, entry["name"])
+        inside = isinstance(value, Unlearner | Pruner)
+        options.append(entry | {"default": value.name if inside else str(value)})
+        if inside:
+            inner = _options(value)
+            options += [o | {"name": f"{entry['name']}.{o['name']}"} for o in inner]
+    return options
 
 
 def _needs(cls: type[Any]) -> frozenset[str]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from efface.data import Batch, chunks
-from efface.fitting import Clock, Fit
+from efface.fitting import Clock, Fit, Params
 from efface.placement import preserved
 from efface.task import Split
 from efface.trained import TrainedModel
@@ -53,19 +53,91 @@ def _natural_cap(trained: TrainedModel, split: Split, fit: Fit) -> float:
     return total / len(records)
 
 
+class Clipped:
+    """A step constraint: a gradient longer than ``limit`` is shortened to it, all tensors together.
+
+    >>> net = torch.nn.Linear(2, 1, bias=False)
+    >>> net.weight.grad = torch.tensor([[3.0, 4.0]])
+    >>> Clipped(1.0).begin(dict(net.named_parameters()))
+    >>> net.weight.grad
+    tensor([[0.6000, 0.8000]])
+    """
+
+    def __init__(self, limit: float) -> None:
+        self.limit = limit
+
+    def begin(self, params: Params) -> None:
+        """Shorten the gradient."""
+        slopes = [p.grad for p in params.values() if p.grad is not None]
+        length = _length(slopes)
+        if length > self.limit:
+            torch._foreach_mul_(slopes, self.limit / length)
+
+    def end(self, params: Params) -> None:
+        """Nothing."""
+
+
+class Ball:
+    """A step constraint: weights stay within ``radius`` of where they began (Euclidean).
+
+    What a step moved is projected: the nearest point of the ball that differs from where the step
+    led in these entries only. So it holds together with constraints that let a part move.
+
+    Args:
+        trained: Its weights are the centre; what its mask drops is left out.
+        radius: In units of the weights.
+    """
+
+    def __init__(self, trained: TrainedModel, radius: float) -> None:
+        self.trained, self.radius = trained, radius
+        self.centre = {n: p.detach().clone() for n, p in trained.network.named_parameters()}
+        self.before: dict[str, Tensor] = {}
+
+    def begin(self, params: Params) -> None:
+        """Keep the old values."""
+        self.before = {n: p.detach().clone() for n, p in params.items()}
+
+    def end(self, params: Params) -> None:
+        """Pull what moved towards the centre where the ball was left."""
+        with torch.no_grad():
+            if self.trained.mask is not None:
+                device = next(iter(params.values())).device
+                for name, gone in self.trained.mask.dropped(device).items():
+                    params[name].masked_fill_(gone, 0.0)
+            centre = {n: self.centre[n].to(p.device) for n, p in params.items()}
+            moved = {n: p != self.before[n] for n, p in params.items()}
+            away = {n: p - centre[n] for n, p in params.items()}
+            free = _length([t * moved[n] for n, t in away.items()])
+            rest = _length([t * ~moved[n] for n, t in away.items()])
+            if not free or math.hypot(free, rest) <= self.radius:
+                return
+            scale = math.sqrt(max(0.0, self.radius**2 - rest**2)) / free
+            for name, param in params.items():
+                pulled = centre[name] + scale * away[name]
+                param.copy_(torch.where(moved[name], pulled, param))
+
+
+def _length(tensors: list[Tensor]) -> float:
+    """Euclidean norm of all tensors together."""
+    return math.sqrt(sum(float(t.double().square().sum()) for t in tensors))
+
+
 @dataclass(frozen=True)
 class GradientAscent:
     """GA: climb the loss on D_f (Thudi et al. 2022; Graves et al. 2021).
 
     Loss = −min(CE(D_f), cap). Reads D_f only. Batch-norm statistics stay frozen by default: on
     batches of one class they would drift towards it and damage everything else for that reason
-    alone.
+    alone. Cap, clip and radius bound how far it climbs; each is off or on by itself.
 
     Args:
         epochs: Passes over D_f; ``None``: the task's default, else 5 as in Jia et al. 2023.
         lr: Peak rate; ``None``: the task's default, else a hundredth of the training's peak.
         cap: The forget loss is not climbed beyond; ``None``: see :func:`pick_cap`.
         bn: What happens to batch-norm statistics.
+        clip: A longer gradient is shortened to this norm; ``None``: none is.
+        radius: Weights go no further than this share of their own norm, ‖θ − θ_o‖ ≤ radius · ‖θ_o‖;
+            ``None``: however far.
     """
 
     name: ClassVar[str] = "gradient-ascent"
@@ -77,12 +149,13 @@ class GradientAscent:
     lr: float | None = None
     cap: float | None = None
     bn: Literal["train", "frozen"] = "frozen"
+    clip: float | None = None
+    radius: float | None = None
 
     def __post_init__(self) -> None:
-        check_ranges(
-            self,
-            cap=("positive", positive_or_none(self.cap)),
-        )
+        options = ("cap", "clip", "radius")
+        rules = {name: ("positive", positive_or_none(getattr(self, name))) for name in options}
+        check_ranges(self, **rules)
 
     def __call__(self, trained: TrainedModel, split: Split, fit: Fit) -> None:
         """Edit ``trained`` in place."""
@@ -94,7 +167,18 @@ class GradientAscent:
         epochs = 5 if self.epochs is None else self.epochs
         lr = fit.task.fit.lr / 100 if self.lr is None else self.lr
         settings = fit_settings(fit, self, epochs=epochs, lr=lr, bn=self.bn)
-        fit(trained.network, objective, streams(split, "forget"), settings, label=self.name)
+        held = self._guarded(trained, fit)
+        held(trained.network, objective, streams(split, "forget"), settings, label=self.name)
+
+    def _guarded(self, trained: TrainedModel, fit: Fit) -> Fit:
+        """The handle with the guard rails that are on."""
+        if self.clip is not None:
+            fit = fit.with_(constraint=Clipped(self.clip))
+        if self.radius is not None:
+            weights = [p.detach() for p in trained.network.parameters() if p.requires_grad]
+            rho = fit.meter.facts["radius"] = self.radius * _length(weights)
+            fit = fit.with_(constraint=Ball(trained, rho))
+        return fit
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -39,6 +39,14 @@ class Unlearner(Protocol):
         """Edit ``trained`` in place."""
 
 
+@runtime_checkable
+class Checked(Protocol):
+    """A method that can tell beforehand whether it would refuse a model or a split."""
+
+    def check(self, trained: TrainedModel, split: Split, /) -> None:
+        """Raise for everything that can be known of the untouched model."""
+
+
 NEEDS: dict[str, tuple[str, str]] = {
     "retain": ("the retain set D_r", "keep the retained records in the task's data"),
     "forget": (
@@ -55,6 +63,10 @@ NEEDS: dict[str, tuple[str, str]] = {
         "initial weights",
         "train it with efface train, or adopt it with --initial FILE; unprune can also take "
         "values=random or values=zero",
+    ),
+    "log": (
+        "the update log of the model's training",
+        "give it with --log LOGDIR; efface train --record LOGDIR writes it",
     ),
     "dense": ("the dense weights", "prune with --keep-dense (a model that forgot keeps none)"),
 }
@@ -83,6 +95,8 @@ def _provides(method: Unlearner) -> frozenset[str]:
 def check_needs(method: Unlearner, trained: TrainedModel, split: Split) -> None:
     """Check what a method needs before anything runs.
 
+    Methods that have a ``check`` of their own are asked, too.
+
     Raises:
         NeedsError: Naming what is missing and how to get it.
     """
@@ -94,11 +108,40 @@ def check_needs(method: Unlearner, trained: TrainedModel, split: Split) -> None:
         "rewind": trained.rewind is not None,
         "initial": trained.initial is not None,
         "dense": trained.dense is not None,
+        "log": trained.log is not None,
     }
     for need in sorted(needs_of(method)):
         if not there[need]:
             what, how = NEEDS[need]
             raise NeedsError(f"{method.name} needs {what}, and lacks that; {how}.")
+    for inner in inside(method):
+        if isinstance(inner, Checked):
+            inner.check(trained, split)
+
+
+def inside(method: Unlearner) -> Iterator[Unlearner]:
+    """A method and every method inside it."""
+    yield method
+    for value in vars(method).values():
+        if isinstance(value, Unlearner):
+            yield from inside(value)
+
+
+def forced(method: Any) -> Any:
+    """The same method, told to go on: ``force=True`` wherever it, or one inside it, can be told.
+
+    >>> from efface.unlearn import Amnesiac, Chain
+    >>> forced(Chain(Amnesiac())).first.force
+    True
+    """
+    changes: dict[str, Any] = {
+        option: forced(value)
+        for option, value in vars(method).items()
+        if isinstance(value, Unlearner)
+    }
+    if isinstance(getattr(method, "force", None), bool):
+        changes["force"] = True
+    return replace(method, **changes) if changes else method
 
 
 def fit_settings(

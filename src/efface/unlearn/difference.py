@@ -15,6 +15,8 @@ from efface.sparsify.units import refreshed_statistics
 from efface.task import Split
 from efface.trained import TrainedModel
 from efface.unlearn.base import positive_or_none
+from efface.unlearn.ledger import open_log, same_run
+from efface.unlearn.replaying import recorded_cohorts
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ class CheckpointDifference:
     holds. To move the mask, too, put it into :class:`~efface.unlearn.FromDense`.
 
     The model then keeps θ′_K as its rewind weights, which have never seen D_f: the next request can
-    be met in the same way, and rewinding stays possible.
+    be met in the same way, and rewinding stays possible. Of a model that was trained with cohorts,
+    the log of its training is needed, too: the order was theirs.
 
     Args:
         scale: Factor c. Larger ones than 1 move the mask less well.
@@ -60,8 +63,14 @@ class CheckpointDifference:
         everyone = torch.arange(len(trained.task.records))
         if step is not None and step.verb == "retrain":
             everyone = torch.cat([split.retain, split.forget]).sort().values
-        matched = self.rate == "matched"
-        again = replay(trained, split.retain, everyone, fit, epochs, matched=matched).state_dict()
+        cohorts = None
+        if trained.log is not None:
+            with open_log(trained) as log:
+                same_run(log, trained)
+                cohorts = recorded_cohorts(log)
+        matched, left = self.rate == "matched", split.retain
+        network = replay(trained, left, everyone, fit, epochs, matched=matched, cohorts=cohorts)
+        again = network.state_dict()
         with torch.no_grad():
             for name, weight in trained.network.named_parameters():
                 apart = again[name].double() - trained.rewind[name].double()

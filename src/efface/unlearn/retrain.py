@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset, TensorDataset
 
-from efface.data import Stream
+from efface.data import Cohorts, Stream
 from efface.errors import NeedsError
 from efface.fitting import Fit, History
 from efface.placement import preserved
@@ -18,7 +18,14 @@ from efface.task import Split
 from efface.trained import TrainedModel, weights_digest
 
 
-def train_from(fit: Fit, network: nn.Module, positions: Tensor, *, label: str = "train") -> History:
+def train_from(
+    fit: Fit,
+    network: nn.Module,
+    positions: Tensor,
+    *,
+    label: str = "train",
+    cohorts: Cohorts | None = None,
+) -> History:
     """Train a network as the task trains, on these records: the loop, or the owner's routine.
 
     Raises:
@@ -29,9 +36,14 @@ def train_from(fit: Fit, network: nn.Module, positions: Tensor, *, label: str = 
         return fit(
             network,
             fit.descend,
-            {"retain": Stream(positions)},
+            {"retain": Stream(positions, cohorts=cohorts)},
             task.fit,
             label=label,
+        )
+    if fit.recorder is not None or cohorts is not None:
+        raise NeedsError(
+            "a routine of your own (train_fn) takes its own steps: no log and no cohorts; leave "
+            "train_fn out to record."
         )
     if fit.subject is not None and fit.subject.mask is not None:
         raise NeedsError(
