@@ -13,10 +13,15 @@ from efface.seeds import generator
 from efface.task import Task
 
 
-def without_singles(batches: list[Tensor]) -> list[Tensor]:
+def without_singles(batches: list[Tensor], planned: list[Tensor] | None = None) -> list[Tensor]:
     """Batches in which a record left alone has joined another (batch norm needs two).
 
     It joins the nearest batch before that has any, else the nearest after.
+
+    Args:
+        batches: Positions of each.
+        planned: The same batches before some records left them: one that was planned for a single
+            record stays.
 
     >>> [b.tolist() for b in without_singles([torch.tensor([0, 1]), torch.tensor([2])])]
     [[0, 1, 2], []]
@@ -24,7 +29,7 @@ def without_singles(batches: list[Tensor]) -> list[Tensor]:
     batches = list(batches)
     for i, batch in enumerate(batches):
         there = [k for k in (*range(i - 1, -1, -1), *range(i + 1, len(batches))) if len(batches[k])]
-        if len(batch) == 1 and there:
+        if len(batch) == 1 and there and (planned is None or len(planned[i]) > 1):
             batches[there[0]] = torch.cat([batches[there[0]], batch])
             batches[i] = batch[:0]
     return batches
@@ -77,6 +82,8 @@ def together(queue: Tensor, labels: Tensor, size: int, shuffle: torch.Generator)
             batches.append(torch.cat([part, others[:room]]))
             others = others[room:]
     batches += chunks(others, size) if len(others) else []
+    if size > 1:
+        batches = [batch for batch in without_singles(batches) if len(batch)]
     order = torch.randperm(len(batches), generator=shuffle).tolist()
     return [batches[i] for i in order]
 
@@ -117,7 +124,7 @@ class Feed:
         wanted[self.stream.positions] = True
         if cohorts is not None and turn < cohorts.since:
             wanted &= cohorts.labels < 0
-        return without_singles([batch[wanted[batch]] for batch in batches])
+        return without_singles([batch[wanted[batch]] for batch in batches], batches)
 
     def _whole(self, turn: int) -> list[Tensor]:
         """The batches of one pass with nothing left out."""

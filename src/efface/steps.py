@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from efface.data import Batch, chunks
+from efface.data import Batch
 from efface.journal import State
 from efface.mask import Mask
 from efface.task import Settings, Task
@@ -145,5 +145,6 @@ def recalibrate_bn(
         network.eval()
         for layer in layers:
             layer.train()
-        for batch in task.records.batches(chunks(positions, batch_size), device):
+        plan = positions.tensor_split(-(-len(positions) // batch_size))  # each weighs the same
+        for batch in task.records.batches(plan, device):
             task.forward(network, batch.inputs)

@@ -35,7 +35,7 @@ Flat = npt.NDArray[np.float32]
 SECONDS = 5.0
 """Least time between two commits of the log, where the fit itself does not commit."""
 
-ENOUGH = 8
+ENOUGH = 3
 """Steps after which the size of the log is foretold."""
 
 LEAST = 0.001
@@ -68,7 +68,7 @@ class Recording:
         self.failed: str | None = None
         self.live, self.steps, self.step, self.at = False, 1, 0, 0
         self.recent: deque[int] = deque(maxlen=64)
-        self.count = 0
+        self.count = self.used = 0
         self.mask: Mask | None = None
         self.alive: list[int] | None = None
         self.committed = time.monotonic()
@@ -86,7 +86,7 @@ class Recording:
         self.old = {n: b.clone() for n, b in network.named_buffers() if n in self.views}
         with self._guard():
             self.log.truncate(step)
-        there = int(self.log.info()["steps"])
+        there, self.used = (int(self.log.info()[what]) for what in ("steps", "bytes"))
         if recorded is not None and there != recorded:
             raise LogError(
                 f"{self.log.folder} holds {there} steps, and the training that goes on had "
@@ -148,8 +148,8 @@ class Recording:
 
     def _durable(self) -> None:
         self.log.commit()
-        self.count = int(self.log.info()["steps"])
-        self._within_budget()
+        info = self.log.info()
+        self.count, self.used = int(info["steps"]), int(info["bytes"])
         self.committed = time.monotonic()
 
     # -- around the training ------------------------------------------------------------------
@@ -231,16 +231,18 @@ class Recording:
                 self.log.append(payload=share, record=number, **facts)
             if not self.own:
                 self.log.append(payload=payload, **facts)
-            self.recent.append(len(payload or b"") + sum(len(share) for _, share in self.own))
+            self._within_budget(len(payload or b"") + sum(len(share) for _, share in self.own))
             if time.monotonic() - self.committed > SECONDS:
                 self._durable()
 
-    def _within_budget(self) -> None:
+    def _within_budget(self, size: int) -> None:
         """Lower the keep fraction, then thin out old epochs, where the log would grow too large."""
+        self.used += size
+        self.recent.append(size)
         left = self.steps - self.step - 1
         if self.budget is None or len(self.recent) < min(ENOUGH, left):
             return
-        room = self.budget - int(self.log.info()["bytes"])
+        room = self.budget - self.used
         ahead = left * sum(self.recent) / len(self.recent) if left else 0.0
         if ahead <= room:
             return
@@ -255,11 +257,13 @@ class Recording:
 
     def _thin(self, excess: float) -> None:
         """Erase the oldest epochs, the present one excepted, until so many bytes are free."""
+        self._durable()
         sizes = [(e, n) for e, n in sorted(self.log.sizes().items()) if n and e < self.at]
         if not sizes:
             return
         gone = [e for i, (e, _) in enumerate(sizes) if sum(n for _, n in sizes[:i]) < excess]
         self.log.erase(epochs=(gone[0], gone[-1]), why="thinned")
+        self.used = int(self.log.info()["bytes"])
         self.log.event("thinned", step=self.step, first=gone[0], last=gone[-1])
         self._tell(f"the updates of epochs {gone[0]} to {gone[-1]} are erased")
 
