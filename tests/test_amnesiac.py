@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -25,7 +26,16 @@ from efface.replay import replay
 from efface.sparsify import OneShot
 from efface.task import Settings, Split
 from efface.trained import weights_digest
-from efface.unlearn import Amnesiac, AmnesiacControl, Chain, FineTune, FromDense, Masked, Replay
+from efface.unlearn import (
+    Amnesiac,
+    AmnesiacControl,
+    Chain,
+    FineTune,
+    FromDense,
+    LayerwisePartial,
+    Masked,
+    Replay,
+)
 from efface.unlearn.amnesiac import outlook
 from efface.unlearn.base import forced
 from efface.unlearn.ledger import removed_steps, seal, unseal
@@ -304,6 +314,66 @@ def test_a_member_of_a_cohort_that_is_gone_already(cohort: Run) -> None:
     assert len(again.forgotten.tags) == 2
 
 
+def said_by(run: Run, model: efface.TrainedModel, method: Any, *positions: int) -> list[str]:
+    """Warnings of a request about earlier ones."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        efface.forget(model, run.split(*positions), method, log=run.log)
+    return [str(one.message) for one in caught if "taken back by" in str(one.message)]
+
+
+def test_says_that_nothing_is_left_to_subtract(cohort: Run) -> None:
+    after = cohort.forget(Amnesiac(), 3)
+    sentence = (
+        "all 2 steps with D_f were taken back by an earlier request (gamma 1, keep 1): nothing is "
+        "subtracted again."
+    )
+    assert said_by(cohort, after, Amnesiac(), 9) == [sentence]
+    assert said_by(cohort, after, AmnesiacControl(), 9) == [sentence]
+    assert said_by(cohort, after, AmnesiacControl("bn-only"), 9) == []
+    assert said_by(cohort, cohort.model, Amnesiac(), 9) == []
+    assert said_by(cohort, cohort.model, Chain(Amnesiac(), Amnesiac()), 9) == [sentence]
+
+
+@pytest.mark.parametrize(
+    ("weak", "named"),
+    [
+        (Amnesiac(gamma=0.01), "gamma 0.01, keep 1"),
+        (Amnesiac(keep=0.01), "gamma 1, keep 0.01"),
+        (AmnesiacControl("random", keep=0.1), "gamma 1, keep 0.1"),
+    ],
+    ids=["gamma", "keep", "control"],
+)
+def test_says_that_an_earlier_request_was_weaker(
+    cohort: Run, run: Run, weak: Any, named: str
+) -> None:
+    (said,) = said_by(cohort, cohort.forget(weak, 3), Amnesiac(), 9)
+    assert f"({named}), weaker than this one (gamma 1, keep 1): nothing is subtracted" in said
+    assert said_by(cohort, cohort.forget(Amnesiac(), 3), weak, 9)[0].endswith(
+        "1): nothing is subtracted again."
+    )
+    neighbour = neighbours(run, 7)[0]
+    shared = len(set(run.steps(7)) & set(run.steps(neighbour)))
+    strong = Amnesiac(force=True)
+    (said,) = said_by(run, run.forget(forced(weak), 7), strong, neighbour)
+    assert said.startswith(f"{shared} of 6 steps with D_f were taken back by an earlier request (")
+    assert said.endswith("(gamma 1, keep 1): they are not subtracted again.")
+    assert said_by(run, run.forget(strong, 7), strong, neighbour) == []
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [Amnesiac(), AmnesiacControl(), Replay(), Chain(FineTune(epochs=1), Amnesiac())],
+    ids=lambda m: m.name,
+)
+def test_no_part_of_an_update_is_noted_as_all_of_it(run: Run, inner: Any) -> None:
+    done: list[int] = []
+    for method in (LayerwisePartial(inner), Chain(FineTune(epochs=1), LayerwisePartial(inner))):
+        with pytest.raises(MethodError, match=f"cannot go around {inner.name}, which reads the"):
+            run.forget(method, 7, progress=lambda *_: done.append(1))
+    assert done == []
+
+
 def test_the_ledger_tells_nothing_without_the_key(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -420,9 +490,8 @@ def test_a_log_of_something_else(
         with pytest.raises(MismatchError, match="is of another network than the model"):
             small.forget(method, 7, log=run.log)
     monkeypatch.setenv("EFFACE_KEY", "another")
-    if not isinstance(method, Replay):  # which looks for no record by its tag
-        with pytest.raises(MismatchError, match="hashed with another key"):
-            run.forget(method, 7)
+    with pytest.raises(MismatchError, match="hashed with another key"):
+        run.forget(method, 7)
 
 
 def test_a_model_that_is_older_or_newer_than_its_log(run: Run) -> None:
@@ -722,7 +791,12 @@ def test_from_a_damaged_state_it_goes_further_back(cohort: Run, run: Run, tmp_pa
     data = bytearray(state.read_bytes())
     data[-9] ^= 1
     state.write_bytes(data)
-    after = holed.forget(Replay(), 3)
+    sentence = r"start of epoch 5 in .* is damaged: the replay goes on from an earlier one\."
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        after = efface.forget(holed.model, holed.split(3), Replay(), log=holed.log, seed=3)
+    assert re.search(sentence, str(said[0].message))
+    assert "to make this cheap" not in "".join(str(one.message) for one in said)  # it was one
     assert after.lineage[-1].detail["replayed"]["start"] == 0
     assert after.digest == cohort.forget(Replay(), 3).digest
 
@@ -784,6 +858,35 @@ def test_outlook(run: Run, cohort: Run) -> None:
         found = outlook(log, np.array(COHORT))
     assert (found["steps"], found["verdict"]) == (2, "warn")
     assert found["replay"] == {"first": 4, "start": 4, "epochs": 2, "of": 6, "share": 1 / 3}
+
+
+def test_outlook_says_what_forget_would_refuse(record: Record, run: Run, tmp_path: Path) -> None:
+    def agree(run: Run, position: int, sentence: str) -> str:
+        with pytest.raises(LogError, match=sentence):
+            run.forget(Amnesiac(force=True), position)
+        with UpdateLog.open(run.log) as log:
+            found = outlook(log, np.array([position]))
+        assert found["verdict"] == "impossible"
+        return str(found["reason"])
+
+    few = record(sensitive=["r007", "r008"])
+    assert agree(few, 9, "knows of no step") == "1 of the records is in no step of the log"
+    holed = copied(run, tmp_path)
+    with UpdateLog.open(holed.log, write=True) as log:
+        log.erase(run.steps(7)[1:3], why="expired")
+        asked = outlook(log, np.array([neighbours(run, 7)[0]]), np.array(run.steps(7)))
+    assert (asked["total"], asked["reason"]) == (90, None)  # holes are steps of the training, too
+    assert agree(holed, 7, "lacks updates of 2") == "2 updates of these are not in the log"
+    with UpdateLog.open(holed.log, write=True) as log:
+        log.fail(85, "no space")
+    assert agree(holed, 7, "ended early") == "recording ended early, at step 85"
+
+
+def test_outlook_where_nothing_is_due(run: Run) -> None:
+    everything = np.arange(90)
+    with UpdateLog.open(run.log) as log:
+        found = outlook(log, np.array([7]), everything)
+    assert (found["due"], found["share"], found["verdict"]) == (0, 1.0, "go")
 
 
 # -- memory ----------------------------------------------------------------------------------------

@@ -18,8 +18,11 @@ import pytest
 
 import efface.updates.folder as folders
 from efface.checkpoint import read_file
-from efface.errors import InputError, MethodError
+from efface.console import Run
+from efface.errors import InputError, MethodError, MismatchError
+from efface.logs import run_show
 from efface.logs.recording import read_cohorts, recording
+from efface.logs.showing import _event
 from efface.logs.words import seconds, size
 from efface.updates.log import UpdateLog
 
@@ -150,7 +153,7 @@ def test_text_for_people(lab: Path) -> None:
     assert (
         "subtract 0 of 115 steps, 3 before" in done("log show log --ids who.txt --model f.st").out
     )
-    assert "1 of 1 segment whole" in done("log verify log").out
+    assert "1 of 1 segment" in done("log verify log").out
     assert done("log purge log --forgotten-by f.st").out.startswith("log: 2 records and 3 updates")
     assert "erased updates: 3 purged; 2 records purged" in done("log show log").out
 
@@ -427,6 +430,20 @@ def test_purge_of_a_model_of_another_training(lab: Path) -> None:
     assert done("log purge log --forgotten-by of.st --force --json").json["records"] == 2
 
 
+def test_purge_takes_no_control_for_forgetting(lab: Path) -> None:
+    log = snapshot(lab / "log")
+    done(f"{FORGET} --method amnesiac-control --set control=bn-only --out ctl.st")
+    for more in ("", " --ids who.txt"):
+        answer = efface(f"log purge log --forgotten-by ctl.st{more}")
+        check_sentence(answer, 2, "by a control (amnesiac-control), which forgets nothing")
+    assert _same(log, snapshot(lab / "log"))
+    inside = "--method chain --set first=amnesiac-control --set second=ft"
+    done(f"{FORGET} {inside} --out in.st")
+    check_sentence(efface("log purge log --forgotten-by in.st"), 2, "by a control")
+    assert done("log show log --ids who.txt --model ctl.st --json").code == 0
+    assert done("log purge log --forgotten-by ctl.st --force --json").json["records"] == 2
+
+
 def test_purge_says_what_it_wants(lab: Path) -> None:
     (lab / "none.txt").write_text("\n")
     (lab / "strangers.txt").write_text("nobody\npatient-0000\n")
@@ -435,7 +452,7 @@ def test_purge_says_what_it_wants(lab: Path) -> None:
         "log purge log --expired --ids who.txt": "say what to erase",
         "log purge log --ids none.txt": "holds no ID",
         "log purge log --ids absent.txt": "cannot be read",
-        "log purge log --ids strangers.txt --force": "1 of 2 IDs are not in log",
+        "log purge log --ids strangers.txt --force": "1 of 2 IDs is not in log, and 0 records were",
         "log purge log --expired": "no retention limit",
         "log purge log --forgotten-by absent.st": "absent.st",
         "log purge log --forgotten-by who.txt": "who.txt",
@@ -569,7 +586,7 @@ def test_a_damaged_segment(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bad = [s for s in _verified(1).json["segments"] if not s["ok"]]
     assert [s["name"] for s in bad] == [found[1].name]
     text = efface("log verify log")
-    assert (text.code, "5 of 6 segments whole" in text.out) == (1, True)
+    assert (text.code, "5 of 6 segments" in text.out) == (1, True)
     assert f"segment {found[1].name}" in text.out
     done(f"{FORGET} --method amnesiac --force --out f.st")  # cohorts come late
     found[-1].write_bytes(found[-1].read_bytes()[:100])
@@ -613,11 +630,47 @@ def test_show_with_a_selection(lab: Path) -> None:
     refused(lab, "log show log --class 1", "needs a task")
     refused(lab, "log show log mine:task", "exactly one of --ids")
     refused(lab, "log show log --model m.st", "exactly one of --ids")
-    refused(lab, "log show log --ids strangers.txt", "1 of the 1 records are not in log")
+    refused(lab, "log show log --ids strangers.txt", "1 of the 1 records is not in log: never")
+    assert "another key" not in efface("log show log --ids strangers.txt").err
+    (lab / "none.txt").write_text("\n")
+    refused(lab, "log show log --ids none.txt", "the selection holds no record")
     costs = shown("log show log mine:task --class 1")["forgetting"]
     assert costs["verdict"] == "refuse"
     assert costs["replay"]["seconds"] is None
     refused(lab, "log show log mine:task --random 0.0001", "the forget set is empty")
+
+
+def test_show_of_another_tasks_records(lab: Path) -> None:
+    """The same IDs may be other records there."""
+    recorded = shown("log show log mine:task --ids who.txt")
+    with UpdateLog.open(lab / "log") as log:
+        own = log.manifest["data"]["fingerprint"]
+    ids = (lab / "who.txt").read_text().split()
+    run_show(Run(), lab / "log", ids, data=own)
+    with pytest.raises(MismatchError, match="give the task of that training"):
+        run_show(Run(), lab / "log", ids, data="0" * 64)
+    assert recorded["forgetting"]["reason"] is None
+
+
+def test_show_with_a_model_of_another_training(lab: Path) -> None:
+    done("train mine:task --seed 5 --out other.st")
+    words = "log show log --ids who.txt --model other.st"
+    refused(lab, words, "does not come from the training", "--force")
+    assert shown(f"{words} --force")["forgetting"]["removed"] == 0
+
+
+def test_show_says_what_is_impossible(lab: Path) -> None:
+    with UpdateLog.open(lab / "log", write=True) as log:
+        log.fail(110, "disk full")
+    assert shown("log show log --ids who.txt")["forgetting"]["verdict"] == "impossible"
+    text = done("log show log --ids who.txt").out
+    assert "impossible: recording ended early, at step 110" in text
+
+
+def test_events_in_words() -> None:
+    event = {"date": "2026-01-02", "at": None, "kind": "purge", "records": 2, "requests": 1}
+    assert _event(event) == "2026-01-02: purge (2 records, 1 request)"
+    assert _event(event | {"why": "age"}).endswith("1 request, why age)")
 
 
 def test_forget_with_and_without_a_log(lab: Path) -> None:

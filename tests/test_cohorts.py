@@ -120,6 +120,9 @@ def test_a_cohort_touches_few_steps() -> None:
         (range(60), None, SelectionError, "60 of 60"),
         ([3], 0, MethodError, "1 to 4"),
         ([3], 5, MethodError, "not 5"),
+        ([], None, SelectionError, "0 of 60"),
+        ("p017", None, SelectionError, "a list of IDs"),
+        ({3: None}, None, SelectionError, "not None"),
     ],
 )
 def test_wrong_cohorts(members: Any, last: int | None, error: type, words: str) -> None:

@@ -20,9 +20,11 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
+import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
 from efface.errors import InputError, LogError, OutputError, WriteError
+from efface.journal import Journal, State
 from efface.updates import blocks, folder, index, membership, segments, writing
 from efface.updates.log import UpdateLog
 
@@ -370,6 +372,7 @@ def test_only_the_wanted_ranges_are_read(tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("shares", [0, 3])
+@pytest.mark.filterwarnings("ignore:segments at memory")
 @pytest.mark.parametrize("url", [None, "memory://purged", "file"])
 def test_purge(tmp_path: Path, shares: int, url: str | None) -> None:
     place = tmp_path / "log"
@@ -428,17 +431,91 @@ def test_erase_is_idempotent(tmp_path: Path) -> None:
     assert not any(payload_of(step) in everything(tmp_path) for step in range(25))
 
 
-def test_purge_of_a_segment_that_is_gone(tmp_path: Path) -> None:
-    log, _twin = filled(tmp_path / "log")
-    log.seal()
+@pytest.mark.parametrize("far_away", [False, True])
+def test_purge_of_a_segment_that_is_gone(tmp_path: Path, far_away: bool) -> None:
+    place = tmp_path / "log"
+    url = f"file://{tmp_path}/far" if far_away else None
+    log, twin = filled(place, segments=url)
+    segs, away = tmp_path / "far" if far_away else place / "segments", tmp_path / "away"
     number = members_of(0)[0]
-    segment_files(tmp_path / "log")[0].unlink()
-    report = log.purge([number])
+    before = log.info()
+    segs.rename(away)
+    with pytest.raises(WriteError, match=r"segment 0000000\d\.seg.*bring it back") as error:
+        log.purge([number])
+    sentence(error)
+    with pytest.raises(WriteError, match="bring it back"):
+        log.erase([0])
+    assert not segs.exists()
+    assert log.info()["states"] == before["states"]
+    assert log.tags()[number] is not None
+    log.close()
+    with UpdateLog.open(place, write=True) as log:  # still usable, the purge waits
+        assert log.recovered is None
+        twin.add(log, 50)
+    away.rename(segs)
+    with UpdateLog.open(place, write=True) as log:
+        assert log.recovered is not None
+        assert (log.recovered["records"], log.recovered["missing"]) == (1, [])
+        assert all(row["ok"] for row in log.verify())
+    assert payload_of(0) not in everything(tmp_path)
+    assert tag_of(number).encode() not in everything(tmp_path)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_segment_that_was_given_up_does_not_come_back(tmp_path: Path, whole: bool) -> None:
+    """``whole``: nothing else was in the segment, which was the last one."""
+    place = tmp_path / "log"
+    log, twin = filled(place, 6 if whole else 50)
+    log.seal()
+    path = segment_files(place)[0]
+    path.rename(tmp_path / "kept")
+    numbers = range(RECORDS) if whole else [members_of(0)[0]]
+    report = log.purge(numbers, force=True)
     assert report["missing"] == ["00000000.seg"]
     assert log.states([0])[0] == "purged"
-    assert log.tags()[number] is None
-    assert next(row["ok"] for row in log.verify()) is False
-    assert all(row["ok"] for row in log.verify()[1:])
+    assert log.tags()[numbers[0]] is None
+    twin.add(log, 50)
+    log.finish()
+    shutil.copy(tmp_path / "kept", path)
+    bad = [row["sentence"] for row in log.verify() if not row["ok"]]
+    assert any("has come back" in words for words in bad)
+    log.close()
+    with UpdateLog.open(place, write=True) as log:
+        assert not path.exists()
+        assert len([row for row in log.verify() if not row["ok"]]) == (0 if whole else 1)
+        assert next(iter(log.frames([50])))[2] == payload_of(50)
+    path.parent.mkdir(exist_ok=True)
+    shutil.copy(tmp_path / "kept", path)
+    with UpdateLog.open(place, write=True) as log:
+        log.purge([])
+    assert not path.exists()
+
+
+def test_erased_frames_that_are_put_back_are_found(tmp_path: Path) -> None:
+    """Also behind all that is left of a segment, where every other frame is as it should be."""
+    log, _ = filled(tmp_path / "log")
+    log.seal()
+    path = segment_files(tmp_path / "log")[0]
+    before = path.read_bytes()
+    last = max(s for (s,) in log._index.rows("SELECT step FROM steps WHERE segment=0"))
+    log.erase([last])
+    (now,) = (tmp_path / "log").rglob("00000000-*.seg")
+    now.write_bytes(before)
+    (row,) = [row for row in log.verify() if not row["ok"]]
+    assert "bytes that the index does not name" in row["sentence"]
+
+
+def test_damaged_states_are_found(tmp_path: Path) -> None:
+    log, _ = filled(tmp_path / "log")
+    states = Journal(tmp_path / "log" / "checkpoints", {"log": log.id})
+    for epoch in (0, 1):
+        states.write(f"epoch-{epoch:04d}", State({"w": torch.ones(9)}, {"step": epoch}))
+    assert [row["ok"] for row in log.verify()[-2:]] == [True, True]
+    path = tmp_path / "log" / "checkpoints" / "epoch-0001.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    (row,) = [row for row in log.verify() if not row["ok"]]
+    assert (row["name"], row["frames"], row["bytes"]) == (path.name, 0, path.stat().st_size)
+    assert "from an earlier one" in row["sentence"]
 
 
 def test_purge_keeps_damage_visible(tmp_path: Path) -> None:
@@ -588,6 +665,7 @@ def test_folders_that_are_no_log(tmp_path: Path) -> None:
         new_log(tmp_path / "log", segments="nowhere://x")
 
 
+@pytest.mark.filterwarnings("ignore:segments at memory")
 def test_an_existing_log_is_replaced_only_by_force(tmp_path: Path) -> None:
     log, _ = filled(tmp_path / "log", segments="memory://replaced")
     with pytest.raises(OutputError, match="--force") as error:
@@ -928,6 +1006,7 @@ def test_logs_of_one_training_do_not_share_segments(tmp_path: Path) -> None:
             twin.check(log)
 
 
+@pytest.mark.filterwarnings("ignore:segments at memory")
 @pytest.mark.parametrize("url", ["memory://far", "file://{}/far", "{}/plain"])
 def test_segments_elsewhere(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     url = url.format(tmp_path)
@@ -1001,6 +1080,31 @@ def test_segments_arrive_whole_or_stay_here(
             assert log.recovered is not None
             assert log.recovered["records"] == 1
             assert log.states([0])[0] == "purged"
+
+
+@pytest.mark.parametrize("how", ["down", "short", "flip"])
+def test_the_place_of_segments_is_tried_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    fsspec.register_implementation("spoiled", Spoiled, clobber=True)
+    monkeypatch.setattr(Spoiled, "how", how)
+    with pytest.raises(LogError, match=f"segments cannot lie at spoiled://tried{how}") as error:
+        new_log(tmp_path / "log", segments=f"spoiled://tried{how}")
+    sentence(error)
+    assert not (tmp_path / "log").exists()
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(LogError, match="cannot lie at"):
+        new_log(tmp_path / "log", segments=str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match="gone when this process ends"):
+        new_log(tmp_path / "log", segments="memory://warned").close()
+
+
+def test_logs_are_for_their_owner_only(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir(mode=0o755)
+    for name in ("a", "b"):
+        filled(tmp_path / name, segments=str(tmp_path / "far"))[0].close()
+        assert (tmp_path / name).stat().st_mode & 0o777 == 0o700
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "far").iterdir()} == {0o700}
 
 
 def test_every_error_is_an_input_or_a_write_error() -> None:

@@ -1196,16 +1196,12 @@ def test_around_methods_that_do_not_train(tmp_path: Path) -> None:
     model = recorded(task, folder)
     start = state_of(model.network)
     names = [n for n, _ in model.network.named_parameters()]
-    whole = quiet(model, [0, 1], Amnesiac(force=True), folder).network.state_dict()
-    for inner in (Amnesiac(force=True), SSD(), Replay()):
-        after = quiet(model, [0, 1], LayerwisePartial(inner, 0.2, "random", "fixed"), folder)
-        moved = counts(start, after.network.state_dict(), names)
-        assert all(c <= share(0.2, start[n].numel()) for n, c in moved.items()), inner
-        if isinstance(inner, Amnesiac):
-            end = after.network.state_dict()
-            for n in names:
-                changed = end[n] != start[n]
-                assert torch.equal(end[n][changed], whole[n][changed])
+    after = quiet(model, [0, 1], LayerwisePartial(SSD(), 0.2, "random", "fixed"), folder)
+    moved = counts(start, after.network.state_dict(), names)
+    assert all(c <= share(0.2, start[n].numel()) for n, c in moved.items())
+    for inner in (Amnesiac(force=True), Replay()):  # a part of a step would count as taken back
+        with pytest.raises(efface.EffaceError, match="log"):
+            quiet(model, [0, 1], LayerwisePartial(inner, 0.2, "random", "fixed"), folder)
 
 
 @pytest.mark.parametrize("which", ["momentum", "adam", "masked"])

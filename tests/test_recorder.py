@@ -400,6 +400,12 @@ def test_below_the_least_keep_fraction_the_oldest_epochs_go(tmp_path: Path) -> N
         ({"retention": 0}, "retention"),
         ({"attribution": "record"}, "needs sensitive"),
         ({"checkpoints": -1}, "checkpoints"),
+        ({"checkpoints": 0.5}, "checkpoints"),
+        ({"keep": "x"}, "keep must be in"),
+        ({"retention": "x"}, "retention"),
+        ({"sensitive": []}, "sensitive must be a list"),
+        ({"sensitive": "p017"}, "sensitive must be a list"),
+        ({"budget": "9" * 400}, "budget must be a size"),
     ],
 )
 def test_wrong_options(tmp_path: Path, options: dict[str, Any], words: str) -> None:

@@ -186,6 +186,10 @@ def check_data(model: TrainedModel) -> None:
         )
 
 
+ON_THE_LOG = ("log", "cohorts", "removed", "replayed")
+"""What a step's detail says of the log of updates."""
+
+
 def describe_file(path: str | Path) -> dict[str, Any]:
     """What a model file says of itself, without the task: lineage, sparsity, sizes, digests.
 
@@ -232,6 +236,7 @@ def describe_file(path: str | Path) -> dict[str, Any]:
                 "wall": step["cost"]["wall"],
                 "parent": step["parent"],
                 "versions": step["versions"],
+                "log": {k: v for k in ON_THE_LOG if (v := step["detail"].get(k))},
             }
             for step in lineage
         ],

@@ -46,7 +46,7 @@ app = typer.Typer(
 
 COMMON = {
     "seed": (int, 0, ["--seed"], "Every random choice derives from it."),
-    "force": (bool, False, ["--force"], "Replace outputs that exist."),
+    "force": (bool, False, ["--force"], "Replace outputs that exist, and override refusals."),
     "device": (str, "auto", ["--device"], "auto, cpu, cuda or mps."),
     "threads": (int, 0, ["--threads"], "Torch threads; 0: one on small machines."),
     "as_json": (bool, False, ["--json"], "Print one JSON object on stdout."),

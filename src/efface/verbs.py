@@ -93,7 +93,7 @@ def train(
         rewind=rewind,
         origin=initial,
         recorder=recorder,
-        cohorts=cohorts_of(task, cohorts, cohort_epochs) if cohorts else None,
+        cohorts=None if cohorts is None else cohorts_of(task, cohorts, cohort_epochs),
     )
     if keep_initial:
         model.initial_weights = initial_weights(model, Fit(task))

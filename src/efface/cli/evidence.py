@@ -93,6 +93,7 @@ def show(
 ) -> None:
     """Lineage, sparsity per layer, sizes and digests of a model file."""
     from efface.checkpoint import describe_file
+    from efface.logs.words import many, told
 
     facts = describe_file(model)
     head = [
@@ -100,7 +101,8 @@ def show(
         f"task {facts['task']}, run {facts['run_id']}",
         f"weights {facts['weights_digest'][:16]}  mask {facts['mask_digest'][:16] or '—'}  "
         f"intact: {'yes' if facts['intact'] else 'NO'}",
-        f"forgotten: {facts['forgotten']} records in {facts['requests']} requests",
+        f"forgotten: {many(facts['forgotten'], 'record')} in {many(facts['requests'], 'request')}",
+        *(sentence for step in facts["lineage"] for sentence in told(step["log"])),
     ]
     steps = [
         [s["verb"], s["method"], str(s["seed"]), f"{s['wall']:.1f} s", (s["parent"] or "—")[:12]]

@@ -55,19 +55,20 @@ def show(
     from efface.logs import run_show
 
     select = {"ids": ids, "label": label, "fraction": fraction, "where": where, "seed": split_seed}
-    wanted = None
+    wanted, data = None, None
     if task is not None or chosen(select) or model is not None:
         check_selection(select)
+        made = get_task(task) if task is not None else None
+        data = made.data_fingerprint if made is not None else None
         if ids is not None:
             wanted = read_ids(ids)
-        elif task is not None:
-            made = get_task(task)
+        elif made is not None:
             wanted = [made.ids_[i] for i in get_split(made, select).forget.tolist()]
         else:
             raise InputError(
                 "this selection needs a task; say efface log show LOGDIR TASK and the selection."
             )
-    run_show(run, folder, wanted, model)
+    run_show(run, folder, wanted, model, data)
 
 
 @log_command

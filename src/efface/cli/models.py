@@ -51,7 +51,8 @@ def train(
         str | None, typer.Option(metavar="SIZE", help="What the log may take, e.g. 2GiB.")
     ] = None,
     record_set: Annotated[
-        list[str] | None, typer.Option(metavar="K=V", help="Another option of the recorder.")
+        list[str] | None,
+        typer.Option(metavar="K=V", help="keep, pick, values, sensitive …: see docs/log.md."),
     ] = None,
     cohort: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Records that share batches.")
@@ -66,6 +67,8 @@ def train(
     from efface.checkpoint import load
     from efface.logs import recording
 
+    if record is not None and record.resolve() == out.resolve():
+        raise InputError(f"--record and --out name the same place, {out}; give the log another.")
     asked = recording(record, record_budget, record_set, cohort, cohort_epochs, run.force)
     options = {"rewind": rewind, "keep_initial": keep_initial, **asked.options}
 
@@ -168,6 +171,9 @@ def forget(
     key["select"] = {k: str(v) for k, v in select.items()} | {"file": digest_of(ids)}
     options: dict[str, Any] = {}
     if log is not None:
+        from efface.updates.folder import read_manifest
+
+        read_manifest(log)
         options, key["log"] = {"log": log}, digest_of(log / "manifest.json")
 
     def work(made: Task, common: dict[str, Any]) -> TrainedModel:

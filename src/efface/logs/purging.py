@@ -14,16 +14,16 @@ import numpy as np
 from efface.checkpoint import describe_file, read_file
 from efface.console import Run, read_ids
 from efface.errors import CheckpointError, InputError, LogError, MismatchError, NeedsError
-from efface.keys import key_fingerprint, load_key, tags
+from efface.keys import load_key, tags
 from efface.logs.words import many, size
-from efface.unlearn.ledger import Steps, first_epoch, kept_epochs, unseal
+from efface.unlearn.ledger import Steps, check_key, first_epoch, kept_epochs, names, unseal
 from efface.updates.log import UpdateLog
 
 # -- verify ---------------------------------------------------------------------------------------
 
 
 def run_verify(run: Run, folder: Path) -> bool:
-    """Check every digest of every segment; a row each.
+    """Check every digest of every segment, and every kept state; a row each.
 
     Args:
         run: The common options.
@@ -37,18 +37,28 @@ def run_verify(run: Run, folder: Path) -> bool:
     """
     with UpdateLog.open(folder) as log:
         found = log.verify()
-    damaged = [segment for segment in found if not segment["ok"]]
+    damaged = [row for row in found if not row["ok"]]
     rows = [
         [str(s["name"]), f"{s['frames']:,}", size(s["bytes"]), "whole" if s["ok"] else "DAMAGED"]
         for s in found
     ]
-    lines = [run.table("", ["segment", "updates", "bytes", "state"], rows)] if rows else []
-    lines += [segment["sentence"] for segment in damaged]
-    lines.append(f"{folder}: {len(found) - len(damaged)} of {many(len(found), 'segment')} whole.")
-    facts = {"log": str(folder), "whole": not damaged, "segments": found}
+    lines = [run.table("", ["file", "updates", "bytes", "state"], rows)] if rows else []
+    lines += [row["sentence"] for row in damaged]
+    facts: dict[str, Any] = {"log": str(folder), "whole": not damaged}
+    facts["states"] = [row for row in found if str(row["name"]).endswith(".safetensors")]
+    facts["segments"] = [row for row in found if row not in facts["states"]]
+    counted = [
+        f"{sum(row['ok'] for row in facts[f'{kind}s'])} of {many(len(facts[f'{kind}s']), kind)}"
+        for kind in ("segment", "state")
+        if facts[f"{kind}s"] or kind == "segment"
+    ]
+    lines.append(f"{folder}: {' and '.join(counted)} whole.")
     run.result(facts, "\n".join(lines))
     return not damaged
 
+
+CONTROLS = frozenset({"amnesiac-control", "logit-off"})
+"""Methods that others are compared with: what they leave has not forgotten."""
 
 # -- purge ----------------------------------------------------------------------------------------
 
@@ -61,11 +71,13 @@ class Forgetful:
         path: The file.
         tags: Keyed hashes of the IDs that it was made to forget.
         steps: The log's steps that were subtracted from it.
+        controls: The controls among the methods that it was made to forget by.
     """
 
     path: Path
     tags: frozenset[str]
     steps: Steps
+    controls: frozenset[str]
 
 
 def run_purge(
@@ -124,7 +136,7 @@ def _purge(
     facts |= {"not_subtracted": len(left), "states": 0, "finished_earlier": log.recovered}
     if len(numbers):
         facts["states"] = _drop_states(log, numbers)
-        facts |= log.purge(numbers, lambda done, of: progress("purge", done, of))
+        facts |= log.purge(numbers, lambda done, of: progress("purge", done, of), force=force)
     return facts
 
 
@@ -134,13 +146,8 @@ def key_of(log: UpdateLog) -> bytes:
     Raises:
         MismatchError: If it is another one.
     """
-    key = load_key()
-    if log.manifest["key"] != key_fingerprint(key):
-        raise MismatchError(
-            f"the IDs in {log.folder} were hashed with another key (fingerprint "
-            f"{log.manifest['key']}); set EFFACE_KEY or EFFACE_KEY_FILE to that key."
-        )
-    return key
+    check_key(log)
+    return load_key()
 
 
 def forgetful(path: Path, log: UpdateLog, force: bool = False) -> Forgetful:
@@ -158,7 +165,8 @@ def forgetful(path: Path, log: UpdateLog, force: bool = False) -> Forgetful:
     if not describe_file(path)["intact"]:
         raise CheckpointError(f"{path} is damaged; restore the file from a copy.")
     metadata = read_file(path)[1]
-    lineage = [step["detail"] for step in json.loads(metadata["lineage"])]
+    history = json.loads(metadata["lineage"])
+    lineage = [step["detail"] for step in history]
     forgotten = json.loads(metadata["forgotten"])
     if not force and log.id not in {(detail.get("log") or {}).get("id") for detail in lineage}:
         raise MismatchError(
@@ -172,7 +180,8 @@ def forgetful(path: Path, log: UpdateLog, force: bool = False) -> Forgetful:
         )
     parts = [unseal(e["steps"], log.id) for d in lineage for e in _entries(d, log.id)]
     steps = np.unique(np.concatenate([np.empty(0, dtype=np.int64), *parts]))
-    return Forgetful(path, frozenset(forgotten["tags"]), steps)
+    by = set().union(*(names(step.get("method")) for step in history))
+    return Forgetful(path, frozenset(forgotten["tags"]), steps, CONTROLS & by)
 
 
 def _entries(detail: Mapping[str, Any], log_id: str) -> list[Mapping[str, Any]]:
@@ -183,6 +192,12 @@ def _check_forgotten(wanted: list[str], done: Forgetful | None, force: bool) -> 
     """Deleting the log before the model is edited makes the request impossible to serve."""
     if force:
         return
+    if done is not None and done.controls:
+        raise NeedsError(
+            f"{done.path} was made to forget by a control ({', '.join(sorted(done.controls))}), "
+            "which forgets nothing; give --forgotten-by a model that has forgotten these records, "
+            "or --force."
+        )
     if done is None:
         raise NeedsError(
             "no model was shown that has forgotten these records, and without their updates none "
@@ -191,9 +206,9 @@ def _check_forgotten(wanted: list[str], done: Forgetful | None, force: bool) -> 
     left = len(set(wanted) - done.tags)
     if left:
         raise NeedsError(
-            f"{left} of {many(len(wanted), 'record')} were not forgotten by {done.path}, and "
-            "without their updates it cannot be made to by subtraction; forget them first, or give "
-            "--force."
+            f"{left} of {many(len(wanted), 'record')} {'was' if left == 1 else 'were'} not "
+            f"forgotten by {done.path}, and without their updates it cannot be made to by "
+            "subtraction; forget them first, or give --force."
         )
 
 
@@ -202,8 +217,9 @@ def _check_absent(log: UpdateLog, absent: int, asked: int) -> None:
     before = int(log.info()["purged"]["records"])
     if absent > before:
         raise LogError(
-            f"{absent} of {many(asked, 'ID')} are not in {log.folder} (and only {before} were "
-            "purged from it before): they were never recorded; check the list."
+            f"{absent:,} of {many(asked, 'ID')} {'is' if absent == 1 else 'are'} not in "
+            f"{log.folder}, and {many(before, 'record')} {'was' if before == 1 else 'were'} purged "
+            "from it before: the others were never recorded; check the list."
         )
 
 

@@ -90,6 +90,8 @@ def _recorder(folder: Path, budget: str | None, pairs: list[str], force: bool) -
     for option, instead in (("folder", "--record LOGDIR"), ("force", "--force")):
         if option in options:
             raise MethodError(f"--record-set takes no {option}; say {instead}.")
+    if budget is not None and "budget" in options:
+        raise MethodError("the budget is given twice; leave --record-set budget out.")
     if budget is not None:
         options["budget"] = budget
     if "sensitive" in options:
@@ -147,10 +149,15 @@ def _table(path: Path) -> list[tuple[str, str]] | None:
         return _objects(path, rows)
     header = [cell.strip().lower() for cell in rows[0]] if rows else []
     if not {"id", "cohort"} <= set(header):
+        if len(header) > 1:
+            raise InputError(
+                f"--cohort {path} has columns, but none called id and cohort; name them so in its "
+                "first line, or give a list of IDs."
+            )
         return None
     at, to = header.index("id"), header.index("cohort")
     rows = [row for row in rows[1:] if row]
-    short = [row for row in rows if len(row) <= max(at, to) or not row[at].strip()]
+    short = [r for r in rows if len(r) <= max(at, to) or not (r[at].strip() and r[to].strip())]
     if short:
         raise InputError(f"--cohort {path} has a row without an ID or a cohort: {short[0]}.")
     return [(row[at].strip(), row[to].strip()) for row in rows]

@@ -10,11 +10,11 @@ from typing import Any
 
 from efface.checkpoint import read_file
 from efface.console import Run
-from efface.keys import tags
+from efface.errors import InputError, MismatchError
 from efface.logs.purging import forgetful, is_past, key_of
 from efface.logs.words import many, seconds, size
 from efface.unlearn.amnesiac import outlook
-from efface.unlearn.ledger import kept_epochs
+from efface.unlearn.ledger import kept_epochs, numbers_of
 from efface.updates.index import Index
 from efface.updates.layout import Layout
 from efface.updates.log import UpdateLog
@@ -25,24 +25,30 @@ MOST_ROWS = 20
 
 
 def run_show(
-    run: Run, folder: Path, ids: list[str] | None = None, model: Path | None = None
+    run: Run,
+    folder: Path,
+    ids: list[str] | None = None,
+    model: Path | None = None,
+    data: str | None = None,
 ) -> None:
     """Print what a log holds; with IDs also what it would cost to forget them.
 
     Args:
-        run: The common options.
+        run: The common options; with ``force`` a model of another training is taken, too.
         folder: The log.
         ids: Of the records that might be forgotten; None: only the log itself.
         model: The model that would be made to forget; steps that were subtracted from it before
             count as done.
+        data: ``data_fingerprint`` of the task whose records they are, where there is a task.
 
     Raises:
+        InputError: If there are no IDs in the selection.
         LogError: If it is no log, damaged, or does not know the records.
-        MismatchError: If the key or the model is another one than the log's.
+        MismatchError: If the key, the model or the task is another one than the log's.
     """
     with UpdateLog.open(folder) as log:
         facts = facts_of(log)
-        costs = None if ids is None else _costs(log, ids, model)
+        costs = None if ids is None else _costs(log, ids, model, data, run.force)
     text = "\n".join([*_head(facts), *_upkeep(facts)])
     if costs is None:
         text += "\n" + _epoch_text(run, facts)
@@ -190,16 +196,33 @@ def _event(event: dict[str, Any]) -> str:
     if event["kind"] == "thinned":
         first, last = event["first"] + 1, event["last"] + 1
         return f"{head}the updates of epochs {first} to {last} erased (budget)"
-    facts = [f"{k} {v}" for k, v in event.items() if k not in ("date", "at", "kind") and v != []]
+    facts = [_fact(k, v) for k, v in event.items() if k not in ("date", "at", "kind") and v != []]
     return f"{head}{event['kind']} ({', '.join(facts)})" if facts else f"{head}{event['kind']}"
+
+
+def _fact(name: str, value: Any) -> str:
+    """A count of things as people say it, anything else after its name."""
+    counted = isinstance(value, int) and not isinstance(value, bool) and name.endswith("s")
+    return many(value, name.removesuffix("s")) if counted else f"{name} {value}"
 
 
 # -- what forgetting would cost -------------------------------------------------------------------
 
 
-def _costs(log: UpdateLog, ids: list[str], model: Path | None) -> dict[str, Any]:
-    numbers = log.numbers(tags(ids, key_of(log)))
-    done = None if model is None else forgetful(model, log)
+def _costs(
+    log: UpdateLog, ids: list[str], model: Path | None, data: str | None, force: bool
+) -> dict[str, Any]:
+    if not ids:
+        raise InputError("the selection holds no record; select at least one that is to go.")
+    recorded = log.manifest["data"]["fingerprint"]
+    if data is not None and data != recorded:  # the same IDs may be other records there
+        raise MismatchError(
+            f"the task's data (fingerprint {data[:12]}) is not what {log.folder} was recorded on "
+            f"({recorded[:12]}); give the task of that training."
+        )
+    key_of(log)  # or every record would pass for one that the log has never seen
+    numbers = numbers_of(log, list(dict.fromkeys(ids)))
+    done = None if model is None else forgetful(model, log, force)
     costs = outlook(log, numbers, None if done is None else done.steps)
     took = None if model is None else _training_seconds(model)
     costs["replay"]["seconds"] = None if took is None else took * costs["replay"]["share"]
@@ -226,9 +249,7 @@ def _cost_text(run: Run, costs: dict[str, Any]) -> str:
     replay = costs["replay"]
     before = f", {costs['removed']:,} before" if costs["removed"] else ""
     taken = f"{costs['due']:,} of {many(costs['total'], 'step')}{before}: {costs['share']:.1%}"
-    verdict = WAYS[costs["verdict"]]
-    if costs["missing"]:
-        verdict = f"impossible: {many(costs['missing'], 'update')} of these are not in the log"
+    verdict = f"impossible: {why}" if (why := costs["reason"]) else WAYS[costs["verdict"]]
     again = f"{replay['epochs']} of {many(replay['of'], 'epoch')} again: {replay['share']:.0%}"
     took = replay["seconds"]
     after = "" if took is None else f", about {seconds(took)}"

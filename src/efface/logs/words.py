@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 
 def many(count: int, thing: str) -> str:
     """A number of things.
@@ -10,6 +13,31 @@ def many(count: int, thing: str) -> str:
     ('1 step', '1,200 steps')
     """
     return f"{count:,} {thing}{'' if count == 1 else 's'}"
+
+
+def told(step: Mapping[str, Any]) -> list[str]:
+    """What a step of a lineage has to do with a log of updates, in sentences.
+
+    >>> told({"log": {"id": "0a1b", "steps": 9, "keep": 0.1, "values": "bf16"}})
+    ['recorded: log 0a1b, 9 steps, 10% of each layer as bf16']
+    """
+    found = []
+    if log := step.get("log"):
+        what = f"{many(log['steps'], 'step')}, {100 * log['keep']:g}% of each layer"
+        found.append(f"recorded: log {log['id']}, {what} as {log['values']}")
+    if made := step.get("cohorts"):
+        whose = f"{many(made['records'], 'record')} in {many(made['cohorts'], 'cohort')}"
+        found.append(f"cohorts: {whose}, from epoch {made['since'] + 1} on")
+    for gone in step.get("removed", ()):
+        control = f", as a control ({gone['control']})" if "control" in gone else ""
+        found.append(
+            f"taken back: {many(gone['n'], 'step')} of log {gone['log']}{control}; approximate and "
+            "behavioural"
+        )
+    if again := step.get("replayed"):
+        epochs = f"{again['epochs']} of {many(again['of'], 'epoch')}"
+        found.append(f"replayed: {epochs} of log {again['log']}, without what was forgotten")
+    return found
 
 
 def size(count: float) -> str:

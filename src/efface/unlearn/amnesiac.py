@@ -5,6 +5,7 @@ Approximate and behavioural: undoing step 1 of steps 0, 1, 2 is not training on 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -27,6 +28,7 @@ from efface.unlearn.subtraction import (
     cut,
     finish,
     norm,
+    say_what_went_before,
     sums,
     take,
     unaffected,
@@ -87,6 +89,7 @@ class Amnesiac:
         """Edit ``trained`` in place."""
         with open_log(trained) as log:
             case = self._begin(log, trained, split, fit)
+            say_what_went_before(case, trained, fit, self.gamma, self.keep)
             (total,) = sums(case, case.due, cut(case, self.keep))
         take(trained, case.layout, total, self.gamma, buffers=self.bn == "subtract")
         note(fit, entry(case, case.due, gamma=self.gamma, keep=self.keep))
@@ -142,7 +145,9 @@ class AmnesiacControl:
         """Edit ``trained`` in place."""
         with open_log(trained) as log:
             case = self._begin(log, trained, split, fit)
-            steps = case.due
+            steps, cut_to = case.due, self.keep if self.control == "random" else None
+            if self.control != "bn-only":
+                say_what_went_before(case, trained, fit, self.gamma, cut_to)
             if self.control == "unaffected":
                 steps = unaffected(case, rng(fit.seed, f"{fit.path}/unaffected"))
             elif self.control == "bn-only":
@@ -150,7 +155,8 @@ class AmnesiacControl:
             total, factor = self._sum(case, steps, fit)
         gamma = self.gamma * factor
         take(trained, case.layout, total, gamma, buffers=self.bn == "subtract")
-        note(fit, entry(case, steps, gamma=gamma, control=self.control, wanted=len(case.due)))
+        facts = {"control": self.control, "wanted": len(case.due)}
+        note(fit, entry(case, steps, gamma=gamma, keep=cut_to, **facts))
         finish(trained, split, fit, "recalibrate" if self.control == "bn-only" else self.bn)
 
     def _begin(self, log: UpdateLog, trained: TrainedModel, split: Split, fit: Fit | None) -> Case:
@@ -192,7 +198,8 @@ def outlook(log: UpdateLog, numbers: Steps, removed: Steps | None = None) -> dic
         ``records``, ``total`` (steps of the training), ``steps`` (that held the records),
         ``removed`` (before), ``due`` (that a request would subtract), ``missing`` (of those, whose
         update the log lacks), ``share`` (of the training that would be gone), ``verdict`` (``go``,
-        ``warn`` or ``refuse``), ``bytes`` (to read, from the mean size of an update), and under
+        ``warn``, ``refuse`` or ``impossible``), ``reason`` (why it is impossible, or None),
+        ``bytes`` (to read, from the mean size of an update), and under
         ``replay`` the epoch ``first`` that held the records, the epoch ``start`` to go on from, the
         ``epochs`` to train ``of`` those of the training, and their ``share``.
 
@@ -206,6 +213,8 @@ def outlook(log: UpdateLog, numbers: Steps, removed: Steps | None = None) -> dic
     info, live = log.info(), np.array(log.states(due)) == "live"
     total = int(info["steps"])
     share = len(np.union1d(due, before)) / total if total else 0.0
+    missing = int((~live).sum())
+    reason = _impossible(info, int((~log.seen(numbers)).sum()), missing)
     updates = live.sum() if whole else sum(len(log.steps_of([int(n)])) for n in numbers)
     return {
         "records": len(numbers),
@@ -213,9 +222,24 @@ def outlook(log: UpdateLog, numbers: Steps, removed: Steps | None = None) -> dic
         "steps": len(steps),
         "removed": len(before),
         "due": len(due),
-        "missing": int((~live).sum()),
+        "missing": missing,
         "share": share,
-        "verdict": admission(share),
+        "verdict": "impossible" if reason else admission(share) if len(due) else "go",
+        "reason": reason,
         "bytes": round(info["bytes"] * updates / max(1, info["frames"])),
         "replay": way_back(log, numbers),
     }
+
+
+def _impossible(info: Mapping[str, Any], unseen: int, missing: int) -> str | None:
+    """Why subtraction would be refused whatever is said; asked in the order in which it is."""
+    if info["failed"]:
+        return f"recording ended early, at step {info['failed_at']}"
+    if not info["finished"]:
+        return "the log is not finished"
+    if unseen:
+        return f"{unseen:,} of the records {'is' if unseen == 1 else 'are'} in no step of the log"
+    if missing:
+        what = "update of these is" if missing == 1 else "updates of these are"
+        return f"{missing:,} {what} not in the log"
+    return None

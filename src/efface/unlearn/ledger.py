@@ -205,11 +205,11 @@ def joined(log: UpdateLog, trained: TrainedModel, split: Split, fit: Fit | None 
             "parameters differ); give the log of this model's training."
         )
     recorded = same_run(log, trained)
-    _check_key(log)
+    check_key(log)
     info = log.info()
     total = _whole(log, info, recorded)
     ids = [split.task.ids_[i] for i in split.forget.tolist()]
-    numbers = log.numbers(tags(ids, load_key()))
+    numbers = numbers_of(log, ids)
     _check_seen(log, ids, numbers)
     steps = np.asarray(log.steps_of(numbers), dtype=np.int64)
     return Case(log, layout, info, numbers, steps, removed_steps(trained, fit, log.id), total)
@@ -235,16 +235,16 @@ def same_run(log: UpdateLog, trained: TrainedModel) -> Mapping[str, Any]:
 def training(trained: TrainedModel) -> Step | None:
     """The last step of a lineage that trained from fresh weights; a replay is no new training."""
     for step in reversed(trained.lineage):
-        if step.verb in {"train", "retrain"} or "retrain" in _names(step.method):
+        if step.verb in {"train", "retrain"} or "retrain" in names(step.method):
             return step
     return None
 
 
-def _names(method: Any) -> set[str]:
+def names(method: Any) -> set[str]:
     """The names of a method and of everything inside it, from its JSON."""
     if not isinstance(method, Mapping):
         return set()
-    return {str(method.get("method"))}.union(*(_names(value) for value in method.values()))
+    return {str(method.get("method"))}.union(*(names(value) for value in method.values()))
 
 
 def since(trained: TrainedModel) -> list[Step]:
@@ -260,7 +260,7 @@ def check_trajectory(trained: TrainedModel, fit: Fit | None = None) -> None:
     Raises:
         MismatchError: If it was replayed since: those weights are of another trajectory.
     """
-    replayed = any("replay" in _names(step.method) for step in since(trained))
+    replayed = any("replay" in names(step.method) for step in since(trained))
     if replayed or (fit is not None and "replayed" in fit.meter.facts):
         raise MismatchError(
             "this model was replayed since its training was logged, and the log's updates are not "
@@ -297,13 +297,29 @@ def check_weights(log: UpdateLog, trained: TrainedModel) -> None:
         )
 
 
-def _check_key(log: UpdateLog) -> None:
+def check_key(log: UpdateLog) -> None:
+    """Raise a MismatchError where a log's IDs were hashed with another key than the owner's."""
     key = key_fingerprint(load_key())
     if log.manifest["key"] != key:
         raise MismatchError(
             f"the log's IDs were hashed with another key (fingerprint {log.manifest['key']}, not "
             f"{key}); set EFFACE_KEY or EFFACE_KEY_FILE to that key."
         )
+
+
+def numbers_of(log: UpdateLog, ids: Sequence[str]) -> Steps:
+    """The numbers of records in a log whose key was checked, in their order.
+
+    Raises:
+        LogError: If it does not know some of them.
+    """
+    known = np.asarray(log.numbers(tags(ids, load_key()), known_only=True), dtype=np.int64)
+    if absent := len(ids) - len(known):
+        raise LogError(
+            f"{absent} of the {len(ids)} records {'is' if absent == 1 else 'are'} not in "
+            f"{log.folder}: never seen in this training, or purged; leave them out."
+        )
+    return known
 
 
 def _whole(log: UpdateLog, info: Mapping[str, Any], recorded: Mapping[str, Any]) -> int:

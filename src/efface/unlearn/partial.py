@@ -20,7 +20,7 @@ from efface.fitting import Clock, Fit, History, Objective, Params
 from efface.seeds import rng
 from efface.task import Settings, Split
 from efface.trained import TrainedModel
-from efface.unlearn.base import Unlearner
+from efface.unlearn.base import Unlearner, needs_of
 from efface.unlearn.places import CPU, PLAIN, Pick, Redraw, Row, Rule, Scope, floor, lying, selected
 from efface.unlearn.relabel import RandomLabel
 
@@ -299,7 +299,8 @@ class LayerwisePartial:
     which, nor how often it is chosen anew. So these are options.
 
     Args:
-        inner: Any unlearner.
+        inner: Any unlearner but those that read the training's log: what is half taken back
+            would be noted as gone.
         fraction: Share of the entries that may move, in (0, 1].
         pick: Which: ``random`` ones; a ``block`` of neighbours, which moves on from step to step;
             the largest by ``magnitude``, by ``gradient`` (|∇| on D_f), or by ``saliency`` (that
@@ -329,6 +330,15 @@ class LayerwisePartial:
         """What the choice looks at."""
         read = {"gradient": {"forget"}, "saliency": {"forget", "retain"}}
         return frozenset(read.get(self.pick, ()))
+
+    def check(self, trained: TrainedModel, split: Split) -> None:
+        """Raise for an inner method that cannot be done in part."""
+        if "log" in needs_of(self.inner):
+            raise MethodError(
+                f"{self.name} cannot go around {self.inner.name}, which reads the training's log: "
+                "amnesiac has keep= for a part of each layer, and a replay is whole or not at all; "
+                f"take {self.inner.name} without {self.name}."
+            )
 
     def __call__(self, trained: TrainedModel, split: Split, fit: Fit) -> None:
         """Edit ``trained`` in place."""

@@ -19,6 +19,7 @@ from efface.replay import replay
 from efface.task import Split
 from efface.trained import TrainedModel
 from efface.unlearn.ledger import (
+    check_key,
     check_weights,
     kept_epochs,
     open_log,
@@ -100,10 +101,13 @@ def recorded_cohorts(log: UpdateLog) -> Cohorts | None:
 def _check_run(log: UpdateLog, trained: TrainedModel, force: bool) -> None:
     """Check that a model's training can be done again: same run, same records, same order.
 
+    The key, too: without it the records of earlier requests cannot be told, and would come back.
+
     Raises:
         MismatchError: Naming what differs.
     """
     same_run(log, trained)
+    check_key(log)
     step, task = training(trained), trained.task
     if step is None or step.verb != "train":
         raise MismatchError(
@@ -136,6 +140,12 @@ def _from_where(log: UpdateLog, out: Tensor) -> tuple[dict[str, Any], State | No
     journal = Journal(log.folder / "checkpoints", {"log": log.id})
     for epoch in reversed([e for e in kept_epochs(log) if e <= cost["first"]]):
         state = journal.read(f"epoch-{epoch:04d}")
+        if state is None and epoch == cost["start"] > 0:
+            warnings.warn(
+                f"the state at the start of epoch {epoch + 1} in {log.folder} is damaged: the "
+                "replay goes on from an earlier one.",
+                stacklevel=4,
+            )
         if state is not None:
             left = cost["of"] - epoch
             return cost | {"start": epoch, "epochs": left, "share": left / cost["of"]}, state
@@ -143,7 +153,10 @@ def _from_where(log: UpdateLog, out: Tensor) -> tuple[dict[str, Any], State | No
 
 
 def _sentence(cost: dict[str, Any]) -> str:
-    """What a replay will cost, and what would have made it cheap."""
+    """What a replay will cost, and what would have made it cheap.
+
+    Cohorts would not have where D_f came late, and only the state from before it is missing.
+    """
     cheap = (
         "; train deletable records as a cohort in the last epochs to make this cheap "
         "(--cohort FILE --cohort-epochs N)"
@@ -151,5 +164,5 @@ def _sentence(cost: dict[str, Any]) -> str:
     return (
         f"D_f appears from epoch {cost['first'] + 1} on: {cost['epochs']} of {cost['of']} epochs "
         f"are trained again, about {100 * cost['share']:.0f} % of a training"
-        f"{cheap if cost['share'] > 0.5 else ''}."
+        f"{cheap if cost['share'] > 0.5 and not cost['first'] else ''}."
     )

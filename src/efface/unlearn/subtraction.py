@@ -21,8 +21,10 @@ from efface.unlearn.ledger import (
     Steps,
     check_trajectory,
     check_weights,
+    entries,
     joined,
     trained_since,
+    unseal,
 )
 
 if TYPE_CHECKING:
@@ -121,6 +123,44 @@ def _say_what_came_since(case: Case, trained: TrainedModel, fit: Fit) -> None:
             f"this model was trained further after its log ended ({', '.join(further)}): those "
             "updates are not in the log, and what they hold of D_f stays."
         )
+
+
+def say_what_went_before(
+    case: Case, trained: TrainedModel, fit: Fit, gamma: float, keep: float | None
+) -> None:
+    """Warn where nothing is left to subtract, or where less was taken back than is asked for now.
+
+    A step is never subtracted twice, so that what a weaker request left of it stays.
+    """
+    if case.per_record:
+        return
+
+    def strength(gamma: float, keep: float | None) -> tuple[float, float]:
+        return gamma, float(case.log.manifest["keep"]) if keep is None else keep
+
+    now = strength(gamma, keep)
+    earlier: dict[tuple[float, float], Steps] = {}
+    for made in entries(trained, fit, case.log.id):
+        shared = np.intersect1d(case.steps, unseal(made["steps"], case.log.id))
+        if len(shared):
+            own = strength(made["gamma"], made.get("keep"))
+            earlier[own] = np.union1d(earlier.get(own, shared), shared)
+    weaker = {own: steps for own, steps in earlier.items() if own[0] < now[0] or own[1] < now[1]}
+    done = len(case.steps) > 0 and not len(case.due)
+    if not (done or weaker):
+        return
+    named = earlier if done else weaker
+    gone = len(np.unique(np.concatenate(list(named.values()))))
+    _say(
+        f"{'all' if done else f'{gone} of'} {len(case.steps)} steps with D_f were taken back by an "
+        f"earlier request ({'; '.join(_strength(*own) for own in named)})"
+        f"{f', weaker than this one ({_strength(*now)})' if weaker else ''}: "
+        f"{'nothing is' if done else 'they are not'} subtracted again."
+    )
+
+
+def _strength(gamma: float, keep: float) -> str:
+    return f"gamma {gamma:g}, keep {keep:g}"
 
 
 def _say(sentence: str) -> None:

@@ -21,6 +21,8 @@ AT_ONCE = 512
 """Steps whose places are looked up together while frames are read."""
 BATCH = -1
 """Stands for the record of a frame that is of a whole batch."""
+GIVEN_UP = "given_up"
+"""Where the index keeps names of segments that a purge gave up while they were missing."""
 
 WHY = {
     "unrecorded": "was not stored, since no record that was marked as sensitive was in its batch",
@@ -94,6 +96,13 @@ def segments(index: Index, condition: str = "1", values: Sequence[int] = ()) -> 
             values,
         )
     ]
+
+
+def next_segment(index: Index) -> Segment:
+    """A segment without frames, under a name that no other has or had when it was given up."""
+    last = index.one("SELECT MAX(id) FROM segments")[0]
+    given_up = [int(name[:8]) for name in index.get(GIVEN_UP) or []]
+    return fresh(max([-1 if last is None else int(last), *given_up]) + 1)
 
 
 def put_segment(index: Index, segment: Segment) -> None:

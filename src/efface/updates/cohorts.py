@@ -34,7 +34,7 @@ def cohorts_of(task: Task, members: Members, last: int | None = None) -> Cohorts
         last: They take part in the last so many epochs only; in all of them where it is None.
 
     Raises:
-        SelectionError: If IDs are unknown, or no record is left outside.
+        SelectionError: If IDs are unknown, no record is left outside, or a cohort has no name.
         MethodError: If ``last`` is not one of the training's epochs.
 
     Example:
@@ -48,7 +48,11 @@ def cohorts_of(task: Task, members: Members, last: int | None = None) -> Cohorts
     if last is not None and not 1 <= last <= epochs:
         raise MethodError(f"cohort epochs must be 1 to {epochs}, as the training has, not {last}.")
     place = {record: i for i, record in enumerate(task.ids_)}
+    if isinstance(members, str) or not hasattr(members, "__iter__"):
+        raise SelectionError("cohorts must be a list of IDs, or ID → name of its cohort.")
     pairs = named(members)
+    if isinstance(members, Mapping) and None in members.values():
+        raise SelectionError("every record of a cohort needs the name of its cohort, not None.")
     unknown = [record for record in pairs if record not in place]
     if unknown:
         raise SelectionError(

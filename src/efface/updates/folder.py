@@ -144,6 +144,18 @@ def check_new(folder: Path, force: bool) -> None:
         )
 
 
+def make_private(folder: Path) -> None:
+    """Make the folder of a log, for its owner only; a log that is replaced keeps its permissions.
+
+    Raises:
+        OSError: If it cannot be made.
+    """
+    folder.mkdir(0o700, parents=True, exist_ok=True)
+    if not (folder / MANIFEST).exists():
+        with contextlib.suppress(PermissionError):  # of another owner, who gave us the right
+            folder.chmod(0o700)
+
+
 def clear(folder: Path) -> None:
     """Erase an old log, or what an interrupted creation left; the lock is held, and stays."""
     if (folder / MANIFEST).exists():

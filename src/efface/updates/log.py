@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import secrets
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -26,12 +27,13 @@ from efface.updates.folder import (
     Lock,
     check_new,
     clear,
+    make_private,
     read_manifest,
     write_manifest,
 )
 from efface.updates.index import Index
 from efface.updates.reading import LogReader
-from efface.updates.segments import INSIDE, store_of, unwritten
+from efface.updates.segments import INSIDE, probe, store_of, unwritten
 from efface.updates.writing import Tail
 
 
@@ -88,7 +90,7 @@ class UpdateLog(LogReader):
 
         Raises:
             OutputError: If there is a log already, or something else.
-            LogError: If another process writes to it, or the place for segments is unknown.
+            LogError: If another process writes to it, or segments cannot lie at that place.
             WriteError: If it cannot be written.
         """
         folder = Path(folder)
@@ -105,10 +107,10 @@ class UpdateLog(LogReader):
             if "://" not in segments and "::" not in segments:
                 complete["segments"] = str(Path(segments).absolute())
             complete["segments_folder"] = f"{complete['id']}-{secrets.token_hex(4)}"
-        store_of(complete, folder)  # before anything is made
+        _check_place(complete, folder)  # before anything is made
         with contextlib.ExitStack() as undo:
             try:
-                folder.mkdir(parents=True, exist_ok=True)
+                make_private(folder)
                 lock = Lock(folder)
                 undo.callback(lock.release)
                 check_new(folder, force)
@@ -127,7 +129,8 @@ class UpdateLog(LogReader):
     def open(cls, folder: str | Path, *, write: bool = False) -> UpdateLog:
         """Open a log; for writing, after what a killed writer has left was put in order.
 
-        A purge that was interrupted is finished then, and ``recovered`` holds its report.
+        A purge that was interrupted is finished then, and ``recovered`` holds its report; while a
+        segment that it needs is missing it waits, and ``recovered`` is None.
 
         Raises:
             LogError: If the folder is no log, or the log is damaged, of a newer efface, or locked.
@@ -267,7 +270,11 @@ class UpdateLog(LogReader):
         tail.lost = None
 
     def purge(
-        self, numbers: npt.ArrayLike, progress: upkeep.Progress | None = None
+        self,
+        numbers: npt.ArrayLike,
+        progress: upkeep.Progress | None = None,
+        *,
+        force: bool = False,
     ) -> dict[str, Any]:
         """Erase what was stored of steps that held these records, and the records' own entries.
 
@@ -278,15 +285,18 @@ class UpdateLog(LogReader):
         Args:
             numbers: Records.
             progress: Told how many of how many segments are done.
+            force: Give up segments that are missing, with all that they hold, instead of refusing;
+                should they come back, the next opening for writing deletes them.
 
         Returns:
             ``steps`` and ``frames`` that lost their update, ``bytes`` freed, ``records`` forgotten,
-            and the names of segments that were ``missing``.
+            and the names of segments that were ``missing`` (with ``force``).
 
         Raises:
-            WriteError: If the disk is full or segments cannot be reached; run it again then.
+            WriteError: If the disk is full, or segments are missing or cannot be reached; run it
+                again then.
         """
-        return upkeep.purge(self._upkeep(), self._known(numbers), progress)
+        return upkeep.purge(self._upkeep(), self._known(numbers), progress, force)
 
     def erase(
         self,
@@ -295,10 +305,11 @@ class UpdateLog(LogReader):
         epochs: tuple[int, int] | None = None,
         why: Literal["expired", "thinned"] = "expired",
         progress: upkeep.Progress | None = None,
+        force: bool = False,
     ) -> dict[str, Any]:
         """Erase what was stored of steps, or of a range of epochs (first, last); rows stay.
 
-        Killed half way, run again: the same end.
+        Killed half way, run again: the same end. Missing segments are treated as by :meth:`purge`.
         """
         state = upkeep.state_of(why)
         self.commit()
@@ -306,4 +317,15 @@ class UpdateLog(LogReader):
         if epochs is not None:
             inside = ascending(self._index, "epoch BETWEEN ? AND ?", epochs)
             wanted = np.union1d(wanted, inside)
-        return upkeep.erase(self._upkeep(), upkeep.Doomed(wanted, None, state), None, progress)
+        doomed = upkeep.Doomed(wanted, None, state)
+        return upkeep.erase(self._upkeep(), doomed, None, progress, force)
+
+
+def _check_place(manifest: Mapping[str, Any], folder: Path) -> None:
+    """See that segments can lie where they shall, if that is not inside the log."""
+    store, place = store_of(manifest, folder), str(manifest["segments"])
+    if place == INSIDE:
+        return
+    if place.startswith("memory:"):
+        warnings.warn(f"segments at {place} are gone when this process ends", stacklevel=3)
+    probe(store, place)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,25 +12,35 @@ import numpy as np
 import numpy.typing as npt
 
 from efface.errors import LogError
-from efface.updates import upkeep
 from efface.updates.blocks import Blocks
 from efface.updates.catalogue import (
     BATCH,
+    GIVEN_UP,
     LIVE,
     STATES,
     Places,
+    Segment,
     ascending,
     check_live,
     column,
+    frames_in,
     located,
     located_all,
     segments,
     states,
 )
-from efface.updates.folder import OPEN
+from efface.updates.folder import CHECKPOINTS, OPEN
 from efface.updates.index import Index
 from efface.updates.membership import Ints
-from efface.updates.segments import Damage, Folder, Frame, payload_of, store_of, streamed
+from efface.updates.segments import (
+    HEADER,
+    Damage,
+    Folder,
+    Frame,
+    payload_of,
+    store_of,
+    streamed,
+)
 
 
 class LogReader:
@@ -262,12 +273,108 @@ class LogReader:
     def verify(self) -> list[dict[str, Any]]:
         """Read everything: per segment its name, frames, bytes, whether it is ok, and a sentence.
 
+        Behind the segments come the states that are kept for replaying, a row each, with 0 frames.
+
         Raises:
             LogError: If the index itself is damaged.
         """
         self._index.check()
-        return list(upkeep.verify(self._index, self._places))
+        return [
+            *_verified_all(self._index, self._places),
+            *_returned(self._index, self._places),
+            *_verified_states(self.folder, self.id),
+        ]
 
 
 def _steps(steps: npt.ArrayLike) -> Ints:
     return np.atleast_1d(np.asarray(steps, np.int64))
+
+
+def _verified_all(index: Index, places: Places) -> Iterator[dict[str, Any]]:
+    """Read all segments, one at a time; see ``LogReader.verify``."""
+    for number in [segment.id for segment in segments(index)]:
+        now = segments(index, "id=?", (number,))
+        while now:
+            row = _verified(index, places, now[0])
+            before, now = now, segments(index, "id=?", (number,))
+            if row["ok"] or now == before:  # else a writer has moved it meanwhile
+                yield row
+                break
+
+
+def _verified(index: Index, places: Places, segment: Segment) -> dict[str, Any]:
+    place, problem = places.of(segment), None
+    try:
+        frames = frames_in(index, segment)
+        named = sum(HEADER.size + frame.length for frame in frames)
+        last = index.one("SELECT MAX(id) FROM segments")[0]
+        growing = not segment.sealed and segment.id == last  # bytes behind wait for their commit
+        extra = (segment.bytes if growing else place.size(segment.name)) - named
+        damaged = list(_damaged(places, segment, frames))
+        if damaged:
+            more = "" if len(damaged) == 1 else f" and {len(damaged) - 1} more frames"
+            problem = f"the update of {damaged[0]}{more}"
+        elif extra > 0:
+            problem = f"it holds {extra} bytes that the index does not name"
+    except FileNotFoundError:
+        problem = "it is missing"
+    except OSError as error:
+        problem = f"it cannot be read: {error.strerror or error}"
+    sentence = (
+        f"segment {segment.name} in {place.where} (steps {segment.first} to {segment.last}) is "
+        f"damaged, {problem}; restore it from a copy, or do without these steps."
+    )
+    return {
+        "name": segment.name,
+        "frames": segment.frames,
+        "bytes": segment.bytes,
+        "ok": problem is None,
+        "sentence": sentence if problem else "every frame is as it was written.",
+    }
+
+
+def _damaged(places: Places, segment: Segment, frames: Sequence[Frame]) -> Iterator[str]:
+    for frame, data in streamed(places.of(segment), segment.name, frames):
+        try:
+            payload_of(frame, data)
+        except Damage as problem:
+            yield f"step {frame.step} is {problem}"
+
+
+def _returned(index: Index, places: Places) -> Iterator[dict[str, Any]]:
+    """Segments that a purge gave up while they were missing, and that have come back."""
+    for name in index.get(GIVEN_UP) or []:
+        for place in (places.open, places.store):
+            with contextlib.suppress(OSError):
+                yield {
+                    "name": name,
+                    "frames": 0,
+                    "bytes": place.size(name),
+                    "ok": False,
+                    "sentence": f"segment {name} has come back to {place.where} after a purge gave "
+                    "it up as missing; open the log for writing, which deletes it.",
+                }
+
+
+def _verified_states(folder: Path, log: str) -> Iterator[dict[str, Any]]:
+    """Read the states that a replay can begin with, one at a time."""
+    from efface.journal import Journal  # it loads torch, which no other reading of a log needs
+
+    journal = Journal(folder / CHECKPOINTS, {"log": log})
+    for path in sorted((folder / CHECKPOINTS).glob("epoch-*.safetensors")):
+        whole = journal.read(path.stem) is not None
+        try:
+            size = path.stat().st_size
+        except FileNotFoundError:  # a purge has dropped it meanwhile
+            continue
+        sentence = (
+            f"state {path.name} in {path.parent} is damaged; restore it from a copy, or do without "
+            "it (a replay then goes on from an earlier one, and takes longer)."
+        )
+        yield {
+            "name": path.name,
+            "frames": 0,
+            "bytes": size,
+            "ok": whole,
+            "sentence": "it is as it was written." if whole else sentence,
+        }

@@ -75,10 +75,12 @@ class Recorder:
     force: bool = False
 
     def __post_init__(self) -> None:
+        days, states = self.retention, self.checkpoints
         rules = {
-            "keep": ("in (0, 1]", 0 < self.keep <= 1),
-            "checkpoints": ("0 or more", self.checkpoints >= 0),
-            "retention": ("1 day or more", self.retention is None or self.retention >= 1),
+            "keep": ("in (0, 1]", isinstance(self.keep, int | float) and 0 < self.keep <= 1),
+            "checkpoints": ("0 or more, whole", isinstance(states, int) and states >= 0),
+            "retention": ("1 day or more", days is None or (isinstance(days, int) and days >= 1)),
+            "sensitive": ("a list of IDs, not empty", _listed(self.sensitive)),
             "values": (f"one of {', '.join(get_args(Kind))}", self.values in get_args(Kind)),
             "pick": ("magnitude or random", self.pick in ("magnitude", "random")),
             "attribution": ("batch or record", self.attribution in ("batch", "record")),
@@ -210,6 +212,10 @@ class Recorder:
         raise LogError(f"{problem}; give --force to replace it, or another folder.")
 
 
+def _listed(ids: Any) -> bool:
+    return ids is None or (not isinstance(ids, str | bytes) and len(ids) > 0)
+
+
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _UNITS |= {f"{unit}i": 2 ** (10 * i) for i, unit in enumerate("kmgt", 1)}
 
@@ -228,7 +234,7 @@ def in_bytes(size: int | str | None) -> int | None:
     found = re.fullmatch(r"([0-9.]+) *([kmgt]?i?)b?", str(size).strip().lower())
     try:
         value = int(float(found[1]) * _UNITS[found[2]]) if found else 0
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, OverflowError):
         value = 0
     if value <= 0:
         raise MethodError(f"recording: budget must be a size such as 500MB or 2GiB, not {size!r}.")

@@ -262,7 +262,7 @@ class Recording:
         if not sizes:
             return
         gone = [e for i, (e, _) in enumerate(sizes) if sum(n for _, n in sizes[:i]) < excess]
-        self.log.erase(epochs=(gone[0], gone[-1]), why="thinned")
+        self.log.erase(epochs=(gone[0], gone[-1]), why="thinned", force=True)
         self.used = int(self.log.info()["bytes"])
         self.log.event("thinned", step=self.step, first=gone[0], last=gone[-1])
         self._tell(f"the updates of epochs {gone[0]} to {gone[-1]} are erased")
@@ -279,16 +279,17 @@ class Recording:
         except (OSError, EffaceError) as error:
             if isinstance(error, EffaceError) and not isinstance(error, WriteError | LogError):
                 raise
-            self.pending, self.failed = None, f"step {self.step}: {error}"
+            why = str(error).partition(";")[0]
+            self.pending, self.failed = None, f"step {self.step}: {why}"
             if self.recorder.on_failure == "stop":
                 raise WriteError(
-                    f"recording failed at step {self.step} ({error}); free some space and give the "
+                    f"recording failed at step {self.step} ({why}); free some space and give the "
                     "same command again: it goes on where the log ends."
                 ) from error
             with contextlib.suppress(Exception):
-                self.log.fail(self.step, str(error))
+                self.log.fail(self.step, why)
             warnings.warn(
-                f"recording ended at step {self.step} ({error}); the training goes on, but no "
+                f"recording ended at step {self.step} ({why}); the training goes on, but no "
                 "record can be subtracted from this model by the log.",
                 stacklevel=2,
             )

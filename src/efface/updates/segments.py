@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import struct
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -117,7 +118,7 @@ class Folder:
 
     def put(self, name: str, source: Path) -> bool:
         """Link the file there, or copy it where the file system has no links."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        self.path.mkdir(0o700, parents=True, exist_ok=True)
         target = self.path / name
         target.unlink(missing_ok=True)
         try:
@@ -249,6 +250,30 @@ def store_of(manifest: Mapping[str, Any], folder: Path) -> Store:
         raise LogError(
             f"segments cannot lie at {place}: {error}; give a folder or a URL that fsspec knows."
         ) from None
+
+
+def probe(store: Store, place: str) -> None:
+    """Write, read and delete a small file where segments shall lie, before any is recorded.
+
+    Raises:
+        LogError: If that place does not bear it.
+    """
+    name, data = "99999999.seg", os.urandom(64)  # as a segment is called: if left, it is swept
+    try:
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(data)
+            file.flush()
+            store.put(name, Path(file.name))
+            back = store.read(name, 0, len(data))
+        store.delete(name)
+        if back != data:
+            raise OSError("what was written there reads otherwise")
+    except OSError as error:
+        why = " ".join((error.strerror or str(error)).split())
+        raise LogError(
+            f"segments cannot lie at {place}: {why}; see to that place and its permissions, or "
+            "give another folder or URL."
+        ) from error
 
 
 def streamed(store: Store, name: str, frames: Sequence[Frame]) -> Iterator[tuple[Frame, bytes]]:

@@ -1,4 +1,4 @@
-"""What is done to a log as a whole: truncating, purging, erasing, verifying, and tidying up.
+"""What is done to a log as a whole: truncating, purging, erasing, and tidying up.
 
 Frames are erased by writing their segment anew without them, under another name: the new file is
 made durable, one transaction switches to it, then the old one is deleted. Killed anywhere, the log
@@ -7,16 +7,17 @@ has the one or the other; files that no table names go when it is next opened fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from efface.errors import LogError
+from efface.errors import LogError, WriteError
 from efface.updates.blocks import Blocks
 from efface.updates.catalogue import (
     BATCH,
+    GIVEN_UP,
     LIVE,
     PURGED,
     STATES,
@@ -29,7 +30,7 @@ from efface.updates.catalogue import (
 )
 from efface.updates.index import Index
 from efface.updates.membership import Ints
-from efface.updates.segments import HEADER, Damage, Frame, Writer, payload_of, streamed, unwritten
+from efface.updates.segments import HEADER, Frame, Writer, streamed, unwritten
 from efface.updates.writing import Tail, deliver, put_event
 
 Progress = Callable[[int, int], None]
@@ -160,7 +161,43 @@ def _contains(ascending: Ints, value: int) -> bool:
     return at < len(ascending) and int(ascending[at]) == value
 
 
-def erase(log: Log, doomed: Doomed, note: str | None, progress: Progress | None) -> dict[str, Any]:
+def absent(log: Log, doomed: Doomed) -> list[Segment]:
+    """Segments that hold frames to be erased, and are not where they should be.
+
+    Raises:
+        WriteError: If the place of the segments cannot be reached.
+    """
+    there = {}
+    for sealed, store in enumerate((log.places.open, log.places.store)):
+        try:
+            there[sealed] = set(store.names())
+        except OSError as error:
+            raise unwritten(store.where, error) from error
+    return [
+        segment
+        for segment in segments(log.index)
+        if segment.name not in there[segment.sealed]
+        and doomed.touches(segment)
+        and any(map(doomed.has, frames_in(log.index, segment)))
+    ]
+
+
+def _gone(log: Log, lost: Sequence[Segment]) -> WriteError:
+    more = "" if len(lost) == 1 else f" and {len(lost) - 1} more"
+    return WriteError(
+        f"segment {lost[0].name}{more} in {log.places.of(lost[0]).where}, with updates that are "
+        "to be erased, cannot be found; bring it back there and give the same command again."
+    )
+
+
+def _give_up(old: Segment, keep: Sequence[Frame]) -> Switch:
+    """Do without a missing segment: no table names its file any more, should it come back."""
+    return Switch(old, renamed(old).extended(keep), list(keep), missing=True)
+
+
+def erase(
+    log: Log, doomed: Doomed, note: str | None, progress: Progress | None, force: bool = False
+) -> dict[str, Any]:
     """Erase frames, segment by segment.
 
     Args:
@@ -169,10 +206,18 @@ def erase(log: Log, doomed: Doomed, note: str | None, progress: Progress | None)
         note: Where the index keeps counts while this is under way, so that they are right after a
             kill, too; ``None``: nowhere.
         progress: Told how many of how many segments are done.
+        force: Give up segments that are missing, instead of refusing.
 
     Returns:
-        How many steps and frames lost their update, bytes, and segments that were missing.
+        How many steps and frames lost their update, bytes freed, and segments that were missing.
+
+    Raises:
+        WriteError: If a segment is missing: what cannot be found cannot be erased.
     """
+    lost = absent(log, doomed)  # before sealing, which would make the folder of a mount anew
+    if lost and not force:
+        raise _gone(log, lost)
+    missing = {segment.id for segment in lost}
     log.tail.seal()
     index = log.index
     total = (index.get(note) if note else None) or {}
@@ -182,12 +227,16 @@ def erase(log: Log, doomed: Doomed, note: str | None, progress: Progress | None)
         frames = frames_in(index, segment)
         gone = [frame for frame in frames if doomed.has(frame)]
         if gone:
-            switch = prepare(log, segment, [frame for frame in frames if not doomed.has(frame)])
-            total["frames"] += len(gone)
-            total["bytes"] += sum(HEADER.size + frame.length for frame in gone)
-            total["missing"] += [segment.name] if switch.missing else []
+            keep = [frame for frame in frames if not doomed.has(frame)]
+            if segment.id in missing:
+                switch = _give_up(segment, keep)
+            elif (switch := prepare(log, segment, keep)).missing:  # it went while this is at work
+                raise _gone(log, [segment])
+            _count(total, switch, gone)
             with index.change():
                 put_switch(index, switch)
+                if switch.missing:
+                    index.put(GIVEN_UP, [*(index.get(GIVEN_UP) or []), segment.name])
                 total["steps"] += _forget(index, gone, doomed.state)
                 if note:
                     index.put(note, total)
@@ -196,6 +245,14 @@ def erase(log: Log, doomed: Doomed, note: str | None, progress: Progress | None)
             progress(done + 1, len(todo))
     log.tail.restore()
     return total
+
+
+def _count(total: dict[str, Any], switch: Switch, gone: Sequence[Frame]) -> None:
+    total["frames"] += len(gone)
+    if switch.missing:
+        total["missing"] += [switch.old.name]
+    else:
+        total["bytes"] += sum(HEADER.size + frame.length for frame in gone)
 
 
 def _forget(index: Index, gone: Sequence[Frame], state: int) -> int:
@@ -218,21 +275,28 @@ def _forget(index: Index, gone: Sequence[Frame], state: int) -> int:
     )
 
 
-def purge(log: Log, numbers: Ints, progress: Progress | None) -> dict[str, Any]:
+def purge(
+    log: Log, numbers: Ints, progress: Progress | None, force: bool = False
+) -> dict[str, Any]:
     """See ``UpdateLog.purge``."""
     log.tail.commit()
     unfinished = np.array(log.index.get("purging") or [], np.int64)
     with log.index.change():
         log.index.put("purging", np.union1d(numbers, unfinished).tolist())
-    return finish_purge(log, progress)
+    return finish_purge(log, progress, force)
 
 
-def finish_purge(log: Log, progress: Progress | None = None) -> dict[str, Any]:
+def _purging(log: Log) -> Doomed:
+    """What the purge that is under way erases."""
+    numbers = np.array(log.index.get("purging"), np.int64)
+    return Doomed(log.blocks.steps_of(numbers), numbers, PURGED)
+
+
+def finish_purge(log: Log, progress: Progress | None = None, force: bool = False) -> dict[str, Any]:
     """Do what is left of a purge; its last transaction forgets the records themselves."""
     index = log.index
     numbers = np.array(index.get("purging"), np.int64)
-    doomed = Doomed(log.blocks.steps_of(numbers), numbers, PURGED)
-    report = erase(log, doomed, "purged", progress)
+    report = erase(log, _purging(log), "purged", progress, force)
     known = list(
         index.among(
             "SELECT 1 FROM records WHERE tag IS NOT NULL AND number IN ({})", numbers.tolist()
@@ -253,6 +317,7 @@ def finish_purge(log: Log, progress: Progress | None = None) -> dict[str, Any]:
             put_event(index, "purge", report)
     finish_vacuum(index)
     log.tail.restore()
+    sweep(log)
     return report
 
 
@@ -266,6 +331,8 @@ def finish_vacuum(index: Index) -> None:
 
 def sweep(log: Log) -> None:
     """Remove files that no table names: of commits, seals and switches that never came.
+
+    Also segments that a purge gave up while they were missing, and that have come back.
 
     Raises:
         WriteError: If the place of the segments cannot be reached.
@@ -284,57 +351,15 @@ def sweep(log: Log) -> None:
 
 
 def recover(log: Log) -> dict[str, Any] | None:
-    """Finish what a killed writer has begun; the report of a purge if one was under way."""
+    """Finish what a killed writer has begun; the report of a purge if one was under way.
+
+    A purge whose segments are still missing is left for later: the log stays usable.
+    """
     sweep(log)
     finish_vacuum(log.index)
-    return finish_purge(log) if log.index.get("purging") is not None else None
-
-
-def verify(index: Index, places: Places) -> Iterator[dict[str, Any]]:
-    """Read all segments, one at a time; see ``UpdateLog.verify``."""
-    for number in [segment.id for segment in segments(index)]:
-        now = segments(index, "id=?", (number,))
-        while now:
-            row = _verified(index, places, now[0])
-            before, now = now, segments(index, "id=?", (number,))
-            if row["ok"] or now == before:  # else a writer has moved it meanwhile
-                yield row
-                break
-
-
-def _verified(index: Index, places: Places, segment: Segment) -> dict[str, Any]:
-    place, problem = places.of(segment), None
-    try:
-        extra = place.size(segment.name) - segment.bytes if segment.sealed else 0
-        damaged = list(_damaged(places, segment, frames_in(index, segment)))
-        if damaged:
-            more = "" if len(damaged) == 1 else f" and {len(damaged) - 1} more frames"
-            problem = f"the update of {damaged[0]}{more}"
-        elif extra > 0:
-            problem = f"it holds {extra} bytes that the index does not name"
-    except FileNotFoundError:
-        problem = "it is missing"
-    except OSError as error:
-        problem = f"it cannot be read: {error.strerror or error}"
-    sentence = (
-        f"segment {segment.name} in {place.where} (steps {segment.first} to {segment.last}) is "
-        f"damaged, {problem}; restore it from a copy, or do without these steps."
-    )
-    return {
-        "name": segment.name,
-        "frames": segment.frames,
-        "bytes": segment.bytes,
-        "ok": problem is None,
-        "sentence": sentence if problem else "every frame is as it was written.",
-    }
-
-
-def _damaged(places: Places, segment: Segment, frames: Sequence[Frame]) -> Iterator[str]:
-    for frame, data in streamed(places.of(segment), segment.name, frames):
-        try:
-            payload_of(frame, data)
-        except Damage as problem:
-            yield f"step {frame.step} is {problem}"
+    if log.index.get("purging") is None or absent(log, _purging(log)):
+        return None
+    return finish_purge(log)
 
 
 def state_of(why: str) -> int:

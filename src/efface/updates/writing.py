@@ -26,6 +26,7 @@ from efface.updates.catalogue import (
     Places,
     Segment,
     fresh,
+    next_segment,
     put_segment,
     segments,
 )
@@ -82,7 +83,7 @@ class Tail:
         self.failed = self.index.get("failed")
         self.finished = self.index.get("finished") is not None
         known = segments(self.index)
-        self.segment = fresh(known[-1].id + 1 if known else 0)
+        self.segment = next_segment(self.index)
         if known and not known[-1].sealed and self._whole(known[-1]):
             self.segment = known[-1]
             self._begin()
