@@ -2,14 +2,15 @@
 
 Wall seconds, with a second core at hand: pruning and coding run in a thread beside the training.
 CPU seconds of both threads stand in the results. Memory is the most that the process held in a fit
-with the log, less that without, over the size of the network in float32.
+with the log, less that without, over the size of the network in float32: with one heap of the
+allocator for all threads (MALLOC_ARENA_MAX=1), and as it comes.
 
     python benchmarks/recording.py
 """
 
 from __future__ import annotations
 
-import resource
+import os
 import subprocess
 import sys
 import tempfile
@@ -74,10 +75,14 @@ def steps(task: efface.Task, **options: Any) -> Spent:
     return Spent(end[0] - marks[0][0], end[1] - marks[0][1], 0.0)
 
 
-def peak(kind: str, keep: float) -> int:
+def peak(kind: str, keep: float, arenas: str) -> int:
     """Bytes that a process of its own held at most; keep 0 records nothing."""
     told = subprocess.run(
-        [sys.executable, __file__, kind, str(keep)], capture_output=True, text=True, check=True
+        [sys.executable, __file__, kind, str(keep)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | ({"MALLOC_ARENA_MAX": arenas} if arenas else {}),
     )
     return int(told.stdout)
 
@@ -96,9 +101,11 @@ def main() -> None:
             name = f"{kind}: step with the log / without, {arm}"
             checks.append(compared(name, done, arm, "plain", at_most=most, clock="wall"))
     size = 4 * sum(p.numel() for p in ResNet18().parameters())
-    for keep in (0.1, 0.01):
-        more = [(peak("ResNet-18", keep) - peak("ResNet-18", 0)) / size for _ in range(3)]
-        name = f"ResNet-18: memory of recording / network, keep {100 * keep:g} %"
+    for arenas, which in (("1", "one heap for both threads"), ("", "a heap for each")):
+        more = [
+            (peak("ResNet-18", 0.1, arenas) - peak("ResNet-18", 0, arenas)) / size for _ in range(3)
+        ]
+        name = f"ResNet-18: memory of recording / network, keep 10 %, {which}"
         checks.append(judged(name, more, at_most=1.6))
     write("recording", __doc__.split("\n    python")[0], checks)
 
@@ -108,6 +115,7 @@ if __name__ == "__main__":
         one_thread()
         fraction = float(sys.argv[2])
         steps(task_of(sys.argv[1]), **({"keep": fraction} if fraction else {}))
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        status = Path("/proc/self/status").read_text()
+        print(int(status.split("VmHWM:")[1].split()[0]) * 1024)
     else:
         main()
