@@ -149,7 +149,7 @@ def _table(path: Path) -> list[tuple[str, str]] | None:
         return _objects(path, rows)
     header = [cell.strip().lower() for cell in rows[0]] if rows else []
     if not {"id", "cohort"} <= set(header):
-        if len(header) > 1:
+        if len(header) > 1 and "id" not in header:
             raise InputError(
                 f"--cohort {path} has columns, but none called id and cohort; name them so in its "
                 "first line, or give a list of IDs."

@@ -25,6 +25,7 @@ from efface.updates.codec import encode
 from efface.updates.layout import Layout
 from efface.updates.log import UpdateLog
 from efface.updates.pruning import prune
+from efface.updates.segments import HEADER
 from efface.updates.shares import shares
 
 if TYPE_CHECKING:
@@ -231,7 +232,8 @@ class Recording:
                 self.log.append(payload=share, record=number, **facts)
             if not self.own:
                 self.log.append(payload=payload, **facts)
-            self._within_budget(len(payload or b"") + sum(len(share) for _, share in self.own))
+            stored = [share for _, share in self.own] or ([payload] if payload else [])
+            self._within_budget(sum(HEADER.size + len(frame) for frame in stored))
             if time.monotonic() - self.committed > SECONDS:
                 self._durable()
 
