@@ -41,6 +41,7 @@ recipes-digits: setup ## the papers' experiments on the digits, an hour and a ha
 	$(call RUN,unprune-ablation,digits)
 	$(call RUN,unprune-mia-stability,digits)
 	$(call RUN,gogineni2024,digits)
+	$(call RUN,partial-ablation,digits)
 
 recipes-cifar10: setup ## the same on 10,000 CIFAR-10 images, five hours on two cores
 	$(call RUN,jia2023-classwise,cifar10-small)
