@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from efface.report.plots import _COLOURS, _DASHES, _axes
+from efface.report.plots import COLOURS, DASHES, canvas
 from efface.report.words import interval, number
 
 Entry = Mapping[str, Any]
@@ -156,15 +156,15 @@ def overlaps(
         salt: Unique on the page.
     """
     label = "Overlap (IoU) with the masks of retrained models, by method."
-    with _axes(7.4, 0.85 + 0.25 * len(rows), label, salt) as (axes, out):
+    with canvas(7.4, 0.85 + 0.25 * len(rows), label, salt) as (axes, out):
         for line in lines:
             place = line["place"]
-            axes.axvline(line["value"], color=_COLOURS[place], ls=_DASHES[place], lw=1.7)
+            axes.axvline(line["value"], color=COLOURS[place], ls=DASHES[place], lw=1.7)
         for y, row in enumerate(rows):
             if row["low"] is not None:
                 ends = [max(0.0, row["low"]), min(1.0, row["high"])]
-                axes.plot(ends, [y, y], color=_COLOURS[1], lw=2, alpha=0.45)
-            axes.plot(row["mean"], y, "o", color=_COLOURS[1], ms=6.5)
+                axes.plot(ends, [y, y], color=COLOURS[1], lw=2, alpha=0.45)
+            axes.plot(row["mean"], y, "o", color=COLOURS[1], ms=6.5)
         axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
         axes.tick_params(axis="y", length=0)
         axes.set_ylim(len(rows) - 0.4, -0.6)

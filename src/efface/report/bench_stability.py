@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from efface.report.plots import _COLOURS, _DASHES, _LINE, _MUTED, _axes, role
+from efface.report.plots import COLOURS, DASHES, LINE, MUTED, canvas, role
 from efface.report.words import DASH, interval, number
 
 _MEASURES = {
@@ -188,22 +188,20 @@ def panel(lines: Sequence[Mapping[str, Any]], measure: str, salt: str) -> str:
     """
     names = ", ".join(line["scenario"] for line in lines)
     alt = f"{_MEASURES[measure]} against the share of members, for {names} deleted."
-    with _axes(3.3, 2.7, alt, salt) as (axes, out):
+    with canvas(3.3, 2.7, alt, salt) as (axes, out):
         if measure == "accuracy":
             ends = [[0.0, 0.5, 1.0], [1.0, 0.5, 1.0]]
-            axes.plot(*ends, color=_MUTED, ls=(0, (4, 2)), lw=1.2)
+            axes.plot(*ends, color=MUTED, ls=(0, (4, 2)), lw=1.2)
         if measure == "auc":
-            axes.axhline(0.5, color=_LINE, lw=1.2)
+            axes.axhline(0.5, color=LINE, lw=1.2)
         for k, line in enumerate(lines):
             alpha = 0.25 + 0.75 * (k + 1) / len(lines)
             x = [point["x"] for point in line["points"]]
-            axes.plot(
-                x, [p["mean"] for p in line["points"]], color=_COLOURS[1], lw=1.6, alpha=alpha
-            )
+            axes.plot(x, [p["mean"] for p in line["points"]], color=COLOURS[1], lw=1.6, alpha=alpha)
         for at, point in ((p["x"], p) for p in lines[-1]["points"]):
             if point["low"] is not None:
                 axes.plot(
-                    [at, at], [point["low"], point["high"]], color=_COLOURS[1], lw=1, alpha=0.6
+                    [at, at], [point["low"], point["high"]], color=COLOURS[1], lw=1, alpha=0.6
                 )
         axes.set_xlim(0, 1)
         axes.set_ylim(0, 1.02)
@@ -223,18 +221,18 @@ def against_share(
         salt: Unique on the page.
     """
     names = ", ".join(line["method"] for line in lines)
-    with _axes(3.3, 2.7, f"{_MEASURES[measure]} against the share deleted: {names}.", salt) as (
+    with canvas(3.3, 2.7, f"{_MEASURES[measure]} against the share deleted: {names}.", salt) as (
         axes,
         out,
     ):
         if measure == "mia_auc":
-            axes.axhline(0.5, color=_LINE, lw=1.2)
+            axes.axhline(0.5, color=LINE, lw=1.2)
         for line in lines:
             place = places[line["method"]]
-            colour = _COLOURS[place]
+            colour = COLOURS[place]
             x = [100 * point["x"] for point in line["points"]]
             y = [point["mean"] for point in line["points"]]
-            axes.plot(x, y, "o", color=colour, ls=_DASHES[place], lw=1.6, ms=3.5)
+            axes.plot(x, y, "o", color=colour, ls=DASHES[place], lw=1.6, ms=3.5)
             for at, point in zip(x, line["points"], strict=True):
                 if point["low"] is not None:
                     ends = [point["low"], point["high"]]
@@ -244,7 +242,7 @@ def against_share(
         axes.xaxis.set_minor_formatter("")
         axes.set_xlabel("deleted, %")
         if measure == "mask_trace":
-            axes.axhline(0.0, color=_LINE, lw=1.2)
+            axes.axhline(0.0, color=LINE, lw=1.2)
         else:
             axes.set_ylim(0, 1.02)
     return out[0]

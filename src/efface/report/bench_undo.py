@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from efface.report.bench_masks import is_base
-from efface.report.plots import _COLOURS, _DASHES, _LINE, _MUTED, _axes
+from efface.report.plots import COLOURS, DASHES, LINE, MUTED, canvas
 from efface.report.words import DASH, interval, number, significant
 
 Entry = Mapping[str, Any]
@@ -112,14 +112,14 @@ def over_keep(lines: Sequence[Entry], kind: str, salt: str) -> str:
     """
     names = ", ".join(line["model"] for line in lines)
     alt = f"{SIDES[kind]}, in points, against the share of each update that is kept: {names}."
-    with _axes(3.5, 2.7, alt, salt) as (axes, out):
-        axes.axhline(0.0, color=_MUTED, lw=1.2, ls=(0, (4, 2)))
+    with canvas(3.5, 2.7, alt, salt) as (axes, out):
+        axes.axhline(0.0, color=MUTED, lw=1.2, ls=(0, (4, 2)))
         for place, line in zip(_PLACES, lines, strict=False):
-            colour = _COLOURS[place]
+            colour = COLOURS[place]
             there = [p for p in line["points"] if p[kind]["mean"] is not None]
             x = [100 * p["keep"] for p in there]
             y = [100 * p[kind]["mean"] for p in there]
-            axes.plot(x, y, "o", color=colour, ls=_DASHES[place], lw=1.6, ms=3.5)
+            axes.plot(x, y, "o", color=colour, ls=DASHES[place], lw=1.6, ms=3.5)
             for at, point in zip(x, there, strict=True):
                 if point[kind]["low"] is not None:
                     ends = [100 * point[kind][end] for end in ("low", "high")]
@@ -178,15 +178,15 @@ def on_disk(kept: Sequence[Entry], salt: str) -> str:
         salt: Unique on the page.
     """
     alt = "Bytes of a logged step against the share of each layer's update that is kept."
-    with _axes(5.2, 2.9, alt, salt) as (axes, out):
+    with canvas(5.2, 2.9, alt, salt) as (axes, out):
         for size in {entry["whole"] for entry in kept}:
-            axes.axhline(size / 1e3, color=_LINE, lw=1.4)
+            axes.axhline(size / 1e3, color=LINE, lw=1.4)
         for place, kind in zip(_PLACES, _SHOWN, strict=False):
             for model in dict.fromkeys(entry["model"] for entry in kept):
                 mine = [entry for entry in kept if entry["model"] == model]
                 x = [100 * entry["keep"] for entry in mine]
                 y = [entry["bytes"][kind]["mean"] / 1e3 for entry in mine]
-                style: dict[str, Any] = {"color": _COLOURS[place], "ls": _DASHES[place]}
+                style: dict[str, Any] = {"color": COLOURS[place], "ls": DASHES[place]}
                 axes.plot(x, y, "o", lw=1.3, ms=3, alpha=0.6, **style)
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")

@@ -22,36 +22,36 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Placeholders, replaced by the style sheet's variables once the SVG is written.
-_INK, _MUTED, _LINE, _PAPER = "#a0b001", "#a0b002", "#a0b003", "#a0b00e"
-_COLOURS = ("#a0b004", "#a0b005", "#a0b006", "#a0b007", "#a0b008")
+_INK, MUTED, LINE, PAPER = "#a0b001", "#a0b002", "#a0b003", "#a0b00e"
+COLOURS = ("#a0b004", "#a0b005", "#a0b006", "#a0b007", "#a0b008")
 _VARIABLES = {
     _INK: "var(--ink)",
-    _MUTED: "var(--muted)",
-    _LINE: "var(--line)",
-    _PAPER: "var(--card)",
-    **{colour: f"var(--s{index})" for index, colour in enumerate(_COLOURS)},
+    MUTED: "var(--muted)",
+    LINE: "var(--line)",
+    PAPER: "var(--card)",
+    **{colour: f"var(--s{index})" for index, colour in enumerate(COLOURS)},
 }
 _ROLES = {"before": 0, "original": 0, "after": 1, "retrained": 2, "retrain": 2}
-_DASHES: tuple[Any, ...] = ((0, (1.5, 1.5)), "-", (0, (5, 2)), (0, (4, 1.5, 1, 1.5)), "-")
+DASHES: tuple[Any, ...] = ((0, (1.5, 1.5)), "-", (0, (5, 2)), (0, (4, 1.5, 1, 1.5)), "-")
 _STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,
     "font.family": "DejaVu Sans",
     "font.size": 10,
-    "axes.edgecolor": _LINE,
-    "axes.labelcolor": _MUTED,
+    "axes.edgecolor": LINE,
+    "axes.labelcolor": MUTED,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
     "axes.unicode_minus": True,
-    "grid.color": _LINE,
+    "grid.color": LINE,
     "grid.linewidth": 0.6,
     "text.color": _INK,
-    "xtick.color": _LINE,
-    "ytick.color": _LINE,
-    "xtick.labelcolor": _MUTED,
-    "ytick.labelcolor": _MUTED,
+    "xtick.color": LINE,
+    "ytick.color": LINE,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
     "xtick.labelsize": 9,
     "ytick.labelsize": 9,
     "axes.titlesize": 10.5,
@@ -67,7 +67,7 @@ def role(label: str, index: int) -> int:
     >>> role("before", 2), role("after", 0), role("retrained", 0), role("something", 3)
     (0, 1, 2, 3)
     """
-    return _ROLES.get(label, index % len(_COLOURS))
+    return _ROLES.get(label, index % len(COLOURS))
 
 
 def histogram(panel: Mapping[str, Any], x_label: str, salt: str) -> str:
@@ -76,7 +76,7 @@ def histogram(panel: Mapping[str, Any], x_label: str, salt: str) -> str:
 
     groups = panel["groups"]
     label = f"Histogram of {x_label} on the {panel['title']}: {_names(groups)}."
-    with _axes(3.7, 2.6, label, salt) as (axes, out):
+    with canvas(3.7, 2.6, label, salt) as (axes, out):
         for index, group in enumerate(groups):
             counts = np.asarray(group["counts"], dtype=float)
             if not counts.sum():
@@ -84,9 +84,9 @@ def histogram(panel: Mapping[str, Any], x_label: str, salt: str) -> str:
             share = 100 * counts / counts.sum()
             place = role(group["label"], index)
             if place == 1:
-                axes.stairs(share, panel["edges"], fill=True, color=_COLOURS[1], alpha=0.22)
+                axes.stairs(share, panel["edges"], fill=True, color=COLOURS[1], alpha=0.22)
             axes.stairs(
-                share, panel["edges"], color=_COLOURS[place], ls=_DASHES[place], lw=1.6, zorder=3
+                share, panel["edges"], color=COLOURS[place], ls=DASHES[place], lw=1.6, zorder=3
             )
         axes.grid(axis="x", visible=False)
         axes.set_ylim(bottom=0)
@@ -108,11 +108,11 @@ def bars(series: Mapping[str, Any], salt: str, mark: str | None = None) -> str:
     labels, groups = [str(label) for label in series["labels"]], series["groups"]
     width = 0.8 / max(len(groups), 1)
     alt = f"Bars of {series['y_label']} by {series['x_label']}: {_names(groups)}."
-    with _axes(max(7.4, 0.34 * len(labels)), 2.9, alt, salt) as (axes, out):
+    with canvas(max(7.4, 0.34 * len(labels)), 2.9, alt, salt) as (axes, out):
         for index, group in enumerate(groups):
             at = np.arange(len(labels)) + (index - (len(groups) - 1) / 2) * width
             values = [None if v is None else 100 * v for v in group["values"]]
-            colour = _COLOURS[role(group["label"], index)]
+            colour = COLOURS[role(group["label"], index)]
             axes.bar(at, [v or 0 for v in values], width * 0.86, color=colour)
             for x, value in zip(at, values, strict=True):
                 if value is None:
@@ -138,10 +138,10 @@ def curve(series: Mapping[str, Any], salt: str) -> str:
     """Lines through points, one for each group."""
     groups = series["groups"]
     alt = f"{series['y_label']} against {series['x_label']}: {_names(groups)}."
-    with _axes(5.6, 3.0, alt, salt) as (axes, out):
+    with canvas(5.6, 3.0, alt, salt) as (axes, out):
         for index, group in enumerate(groups):
             place = role(group["label"], index)
-            axes.plot(group["x"], group["y"], color=_COLOURS[place], ls=_DASHES[place], lw=1.7)
+            axes.plot(group["x"], group["y"], color=COLOURS[place], ls=DASHES[place], lw=1.7)
         if series.get("log_x"):
             _log_x(axes)
         axes.set_xlabel(series["x_label"])
@@ -168,11 +168,11 @@ def lying_bars(
     height = 0.8 / max(len(groups), 1)
     alt = f"Bars of {x_label} for {', '.join(labels)}: {', '.join(name for name, _ in groups)}."
     tall = 0.75 + max(0.28, 0.17 * len(groups)) * len(labels)
-    with _axes(7.4, tall, alt, salt) as (axes, out):
+    with canvas(7.4, tall, alt, salt) as (axes, out):
         for index, (name, values) in enumerate(groups):
             at = np.arange(len(labels)) + (index - (len(groups) - 1) / 2) * height
             lengths = [value or 0 for value in values]
-            axes.barh(at, lengths, height * 0.86, color=_COLOURS[role(name, index)])
+            axes.barh(at, lengths, height * 0.86, color=COLOURS[role(name, index)])
         axes.grid(axis="y", visible=False)
         axes.set_yticks(range(len(labels)), labels)
         axes.tick_params(axis="y", length=0)
@@ -191,17 +191,17 @@ def gap_dots(rows: Sequence[Mapping[str, Any]], floor: float | None, salt: str) 
         salt: Unique on the page.
     """
     alt = "Average gap to retraining and gap-A in points, by method."
-    with _axes(7.4, 0.85 + 0.27 * len(rows), alt, salt) as (axes, out):
+    with canvas(7.4, 0.85 + 0.27 * len(rows), alt, salt) as (axes, out):
         if floor is not None:
-            axes.axvspan(0, 100 * floor, color=_COLOURS[2], alpha=0.14, lw=0)
+            axes.axvspan(0, 100 * floor, color=COLOURS[2], alpha=0.14, lw=0)
         for y, row in enumerate(rows):
             ends = [100 * row[key] for key in ("average_gap", "gap_a") if row[key] is not None]
             if len(ends) == 2:
-                axes.plot(ends, [y, y], color=_LINE, lw=2, zorder=1)
+                axes.plot(ends, [y, y], color=LINE, lw=2, zorder=1)
             if row["average_gap"] is not None:
-                axes.plot(100 * row["average_gap"], y, "o", color=_COLOURS[1], ms=7)
+                axes.plot(100 * row["average_gap"], y, "o", color=COLOURS[1], ms=7)
             if row["gap_a"] is not None:
-                ring: dict[str, Any] = {"mfc": _PAPER, "mec": _COLOURS[3], "mew": 1.8, "ms": 6.5}
+                ring: dict[str, Any] = {"mfc": PAPER, "mec": COLOURS[3], "mew": 1.8, "ms": 6.5}
                 axes.plot(100 * row["gap_a"], y, "D", **ring)
         axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
         axes.tick_params(axis="y", length=0)
@@ -224,12 +224,12 @@ def time_and_gap(rows: Sequence[Mapping[str, Any]], salt: str) -> str:
         point = (row["rte_seconds"], 100 * row["average_gap"])
         methods.setdefault(row["method"], []).append(point)
     alt = "Time of each method against its average gap to retraining."
-    with _axes(7.4, 3.7, alt, salt) as (axes, out):
+    with canvas(7.4, 3.7, alt, salt) as (axes, out):
         for points in methods.values():
-            axes.plot(*zip(*points, strict=True), color=_MUTED, lw=0.8, alpha=0.5, zorder=1)
+            axes.plot(*zip(*points, strict=True), color=MUTED, lw=0.8, alpha=0.5, zorder=1)
         for row in rows:
-            colour = _COLOURS[row["place"]]
-            fill = _PAPER if row["sparse"] else colour
+            colour = COLOURS[row["place"]]
+            fill = PAPER if row["sparse"] else colour
             style: dict[str, Any] = {"color": colour, "mfc": fill, "mew": 1.8, "ms": 7}
             axes.plot(row["rte_seconds"], 100 * row["average_gap"], "o", **style)
         _log_x(axes)
@@ -250,17 +250,17 @@ def interval_dots(rows: Sequence[Mapping[str, Any]], x_label: str, salt: str) ->
         x_label: Quantity and unit.
         salt: Unique on the page.
     """
-    with _axes(7.4, 0.85 + 0.27 * len(rows), f"{x_label}, by method.", salt) as (axes, out):
+    with canvas(7.4, 0.85 + 0.27 * len(rows), f"{x_label}, by method.", salt) as (axes, out):
         for y, row in enumerate(rows):
             if row["low"] is not None:
                 ends = [100 * row["low"], 100 * row["high"]]
-                axes.plot(ends, [y, y], color=_COLOURS[1], lw=2, alpha=0.45, zorder=1)
+                axes.plot(ends, [y, y], color=COLOURS[1], lw=2, alpha=0.45, zorder=1)
             if row["value"] is not None:
-                fill = _PAPER if row["open"] else _COLOURS[1]
-                disc: dict[str, Any] = {"mfc": fill, "mec": _COLOURS[1], "mew": 1.8, "ms": 6.5}
+                fill = PAPER if row["open"] else COLOURS[1]
+                disc: dict[str, Any] = {"mfc": fill, "mec": COLOURS[1], "mew": 1.8, "ms": 6.5}
                 axes.plot(100 * row["value"], y, "o", **disc)
             if row["paper"] is not None:
-                ring: dict[str, Any] = {"mfc": "none", "mec": _COLOURS[3], "mew": 1.8, "ms": 7}
+                ring: dict[str, Any] = {"mfc": "none", "mec": COLOURS[3], "mew": 1.8, "ms": 7}
                 axes.plot(100 * row["paper"], y, "D", **ring)
         axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
         axes.tick_params(axis="y", length=0)
@@ -289,14 +289,14 @@ def against(
         salt: Unique on the page.
     """
     alt = f"{y_label} against {x_label}: {_names(groups)}."
-    with _axes(6.4, 3.2, alt, salt) as (axes, out):
+    with canvas(6.4, 3.2, alt, salt) as (axes, out):
         top = 5.0
         for place, group in zip(places, groups, strict=True):
-            colour = _COLOURS[place]
+            colour = COLOURS[place]
             x = [100 * point["x"] for point in group["points"]]
             y = [100 * point["mean"] for point in group["points"]]
             top = max([top, *y])
-            axes.plot(x, y, "o", color=colour, ls=_DASHES[place], lw=1.7, ms=4.5)
+            axes.plot(x, y, "o", color=colour, ls=DASHES[place], lw=1.7, ms=4.5)
             for at, point in zip(x, group["points"], strict=True):
                 if point["low"] is not None:
                     ends = [100 * point["low"], 100 * point["high"]]
@@ -341,7 +341,7 @@ def _label_points(axes: Axes, methods: Mapping[str, Sequence[tuple[float, float]
                     options.append((side, rise, box))
         side, rise, box = options[0] if options else ("left", 0, (x + 8, y - 5, x + width, y + 5))
         taken.append(box)
-        style: dict[str, Any] = {"ha": side, "va": "center", "fontsize": 8.5, "color": _MUTED}
+        style: dict[str, Any] = {"ha": side, "va": "center", "fontsize": 8.5, "color": MUTED}
         shift = (8 if side == "left" else -8, rise)
         text = axes.annotate(name, points[0], shift, textcoords="offset points", **style)
         text.set_in_layout(False)
@@ -356,7 +356,7 @@ def _names(groups: Sequence[Mapping[str, Any]]) -> str:
 
 
 @contextmanager
-def _axes(width: float, height: float, label: str, salt: str) -> Iterator[tuple[Axes, list[str]]]:
+def canvas(width: float, height: float, label: str, salt: str) -> Iterator[tuple[Axes, list[str]]]:
     """Axes to draw on; on leaving, the SVG is in the list."""
     import matplotlib as mpl
     from matplotlib.figure import Figure  # no pyplot: no global figure, no display

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from efface.report.plots import _COLOURS, _LINE, _PAPER, _axes
+from efface.report.plots import COLOURS, LINE, PAPER, canvas
 from efface.report.words import number
 
 PREFIX = "mask_"
@@ -88,7 +88,7 @@ def picture(layers: Sequence[Mapping[str, Any]], salt: str) -> str:
         "colour where retrained models decide alike; and marks of the overlap with retrained "
         "models before, after, and between two of these."
     )
-    with _axes(7.6, 0.8 + 0.3 * len(layers), label, salt) as (whole, out):
+    with canvas(7.6, 0.8 + 0.3 * len(layers), label, salt) as (whole, out):
         figure: Any = whole.figure
         whole.remove()
         bars, marks = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
@@ -115,17 +115,17 @@ def _bar(axes: Any, y: int, layer: Mapping[str, Any]) -> None:
         for count, alpha in ((alike, 1.0), (layer[kind] - alike, 0.38)):
             width = 100 * count / whole
             if width:
-                style: dict[str, Any] = {"color": _COLOURS[place], "alpha": alpha, "lw": 0}
+                style: dict[str, Any] = {"color": COLOURS[place], "alpha": alpha, "lw": 0}
                 axes.barh(y, width, 0.62, left=start, **style)
             start += width
 
 
 def _marks(axes: Any, y: int, layer: Mapping[str, Any]) -> None:
     found = {kind: layer[f"iou_{kind}"] for kind in POINTS if layer[f"iou_{kind}"] is not None}
-    axes.plot([min(found.values()), max(found.values())], [y, y], color=_LINE, lw=2, zorder=1)
+    axes.plot([min(found.values()), max(found.values())], [y, y], color=LINE, lw=2, zorder=1)
     for kind, value in found.items():
         place, shape = POINTS[kind]
-        ring: dict[str, Any] = {"mfc": _COLOURS[place], "mec": _COLOURS[place], "ms": 6.5}
+        ring: dict[str, Any] = {"mfc": COLOURS[place], "mec": COLOURS[place], "ms": 6.5}
         if kind == "ceiling":
-            ring |= {"mfc": _PAPER, "mew": 1.8, "ms": 6}
+            ring |= {"mfc": PAPER, "mew": 1.8, "ms": 6}
         axes.plot(value, y, shape, **ring)

@@ -157,8 +157,7 @@ class Recording:
 
     def finish(self, weights: str) -> dict[str, Any]:
         """The training has ended with these weights; returns what the lineage keeps of the log."""
-        self.commit()
-        steps = int(self.log.info()["steps"])
+        steps = self.commit()
         if not self.failed:
             with self._guard():
                 self.log.finish(weights=weights, steps=self.steps)
