@@ -42,6 +42,8 @@ recipes-digits: setup ## the papers' experiments on the digits, an hour and a ha
 	$(call RUN,unprune-mia-stability,digits)
 	$(call RUN,gogineni2024,digits)
 	$(call RUN,partial-ablation,digits)
+	$(call RUN,dfmu2026,digits)
+	$(call RUN,dfmu-ablation,digits)
 
 recipes-cifar10: setup ## the same on 10,000 CIFAR-10 images, five hours on two cores
 	$(call RUN,jia2023-classwise,cifar10-small)
@@ -50,6 +52,7 @@ recipes-cifar10: setup ## the same on 10,000 CIFAR-10 images, five hours on two 
 	$(call RUN,jia2023-transfer,cifar10-small)
 	$(call RUN,unprune,cifar10-small)
 	$(call RUN,gogineni2024,cifar10-small)
+	$(call RUN,dfmu2026,cifar10-small)
 
 test: setup      ## all tests but the slow ones
 	$(BIN)/python -m pytest

@@ -35,6 +35,7 @@ NAMES = (
     "log_index",
     "partial",
     "topology",
+    "dfmu",
     "reference",
 )
 
@@ -75,7 +76,19 @@ def table(document: Mapping[str, Any]) -> list[str]:
         word = {True: "met", False: "**missed**", None: "reported"}[check["passed"]]
         load = check.get("foreign_load", "")
         rows.append(f"| {check['name']} | {target} | {measured} | {word} | {load} |")
-    return [*rows, "", *exponents(document.get("fits", ()), document.get("picture"))]
+    rows += ["", *curve(document.get("curve", ()))]
+    return [*rows, *exponents(document.get("fits", ()), document.get("picture"))]
+
+
+def curve(points: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A row per point: what was varied, and what came out."""
+    if not points:
+        return []
+    rows = [f"| {' | '.join(points[0])} |", f"|{' --- |' * len(points[0])}"]
+    for point in points:
+        cells = [f"{v:,}" if isinstance(v, int) else str(v) for v in point.values()]
+        rows.append(f"| {' | '.join(cells)} |")
+    return [*rows, ""]
 
 
 def exponents(fits: Sequence[Mapping[str, Any]], picture: str | None) -> list[str]:

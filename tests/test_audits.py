@@ -345,6 +345,9 @@ DIRECTIONS = {
         "margin_forget",
         "accuracy_per_class",
         "forget_class_test_accuracy",
+        "linear_probe",
+        "relearn_retain",
+        "relearn_forget",
     },
     "lower": {"js_forget", "js_retain", "js_test", "rte_seconds", "rte_ratio"},
     "higher": {"mask_iou", "mask_iom", "mask_trace_removed", "mask_membership"},
@@ -355,6 +358,7 @@ DIRECTIONS = {
         "mask_iou_ceiling",
         "mask_iou_initial",
         "mask_trace",
+        "block_contrast",
     },
 }
 KEYS = {

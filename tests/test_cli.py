@@ -157,7 +157,8 @@ OPTIONS = {
     "train": {"TASK", "--out", "--set"},
     "adopt": {"TASK", "--weights", "--out"},
     "prune": {"TASK", "--model", "--method", "--sparsity", "--out"},
-    "forget": {"TASK", "--model", "--method", "--set", "--out"} | SELECT,
+    "forget": {"TASK", "--model", "--method", "--set", "--patch", "--out"} | SELECT,
+    "patch": {"TASK", "--model", "--patch", "--undo", "--out"},
     "retrain": {"TASK", "--model", "--like", "--set", "--out"} | SELECT,
     "audit": {"TASK", "--before", "--after", "--reference", "--tier", "--fail-on", "--out"}
     | {"--per-record"}

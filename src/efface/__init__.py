@@ -30,6 +30,7 @@ _PLACES = {
     "compact": "sparsify",
     "forget": "verbs",
     "load": "checkpoint",
+    "patch": "verbs",
     "prune": "verbs",
     "retrain": "retraining",
     "train": "verbs",
@@ -55,6 +56,7 @@ __all__ = [
     "forget",
     "load",
     "networks",
+    "patch",
     "prune",
     "retrain",
     "sparsify",
@@ -76,7 +78,7 @@ if TYPE_CHECKING:
     from efface.sparsify import compact
     from efface.task import Settings, Split, Task
     from efface.trained import TrainedModel
-    from efface.verbs import adopt, audit, forget, prune, train
+    from efface.verbs import adopt, audit, forget, patch, prune, train
 
 
 def __getattr__(name: str) -> Any:

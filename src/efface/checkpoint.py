@@ -230,7 +230,7 @@ def describe_file(path: str | Path) -> dict[str, Any]:
         "lineage": [
             {
                 "verb": step["verb"],
-                "method": (step["method"] or {}).get("method", "—"),
+                "method": _named(step["method"] or {}),
                 "settings": step["method"],
                 "seed": step["seed"],
                 "wall": step["cost"]["wall"],
@@ -241,3 +241,8 @@ def describe_file(path: str | Path) -> dict[str, Any]:
             for step in lineage
         ],
     }
+
+
+def _named(method: Mapping[str, Any]) -> str:
+    """The name of a step's method; of a patch, whether it was taken off."""
+    return f"{method.get('method', '—')}{' --undo' if method.get('undo') is True else ''}"

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from efface.task import Split, Task
     from efface.trained import TrainedModel
 
-MAKING = ("train", "adopt", "prune", "forget", "retrain")
+MAKING = ("train", "adopt", "prune", "forget", "patch", "retrain")
 COMMANDS = ("demo", "bench", *MAKING, "audit", "compact", "log", "show", "methods")
 
 
@@ -250,6 +250,7 @@ def make(
     spec: tuple[str, list[str] | None],
     key: dict[str, Any],
     work: Callable[[Task, dict[str, Any]], TrainedModel],
+    patch: Path | None = None,
 ) -> None:
     """Make a model and save it; a killed run of the same command goes on from its journal.
 
@@ -259,17 +260,20 @@ def make(
         spec: The task argument, and changes to its fit settings.
         key: What the command is, apart from its task.
         work: Makes the model.
+        patch: Where its patch goes, if anywhere.
     """
     from efface.files import check_output
 
     run.start()
-    check_output(out, run.force)
+    for path in (out, patch):
+        if path is not None:
+            check_output(path, run.force)
     made = get_task(*spec)
     journal = _journal(run, out, key, made)
     with run.progress() as progress:
         common = {"device": run.device, "progress": progress, "journal": journal}
         model = work(made, {"seed": run.seed, **common})
-    model.save(out, force=run.force)
+    _written(model, out, patch, run.force)
     journal.clear()
     cost = model.lineage[-1].cost
     detail = model.lineage[-1].detail
@@ -292,7 +296,32 @@ def make(
     if logged := detail.get("log"):
         facts["log"] = {"folder": str(model.log), **logged}
         whole.append(f"{model.log} holds the updates of {logged['steps']:,} steps.")
+    if patch is not None:
+        facts["patch"], size = _patch_facts(patch, model)
+        whole.append(size)
     run.result(facts, "\n".join([done, *assumptions, *whole]))
+
+
+def _written(model: TrainedModel, out: Path, patch: Path | None, force: bool) -> None:
+    """Write a model and its patch: both, or neither, so that the command can be given again."""
+    there = patch is not None and patch.exists()
+    if patch is not None:
+        model.patch.save(patch, force=force)
+    try:
+        model.save(out, force=force)
+    except BaseException:
+        if patch is not None and not there:
+            patch.unlink(missing_ok=True)
+        raise
+
+
+def _patch_facts(path: Path, model: TrainedModel) -> tuple[dict[str, Any], str]:
+    """What is said of a patch that was written: as JSON, and as a sentence."""
+    size = path.stat().st_size
+    factors = sum(len(change.rows) for change in model.patch.changes)
+    facts = {"path": str(path), "bytes": size, "factors": factors, "for": model.patch.base}
+    said = f"{size / 1000:.1f} kB, {factors:,} factors for weights {model.patch.base[:12]}…"
+    return facts, f"{path} written: {said}; it hides, and does not erase."
 
 
 def _journal(run: Run, out: Path, key: dict[str, Any], task: Task) -> Journal:

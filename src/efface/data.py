@@ -306,6 +306,33 @@ def order(seed: int, purpose: str, epoch: int, positions: Tensor, total: int) ->
     return everyone[wanted[everyone]]
 
 
+def queue(targets: Tensor, luck: Tensor) -> Tensor:
+    """An order of records whose every beginning holds the classes in proportion.
+
+    The r-th record of a class of n (r = 0, 1, …) comes at (2 r + 1) / 2 n: the divisor method of
+    Webster and Sainte-Laguë. Rounding shares to the largest remainders would not do: there a class
+    may get fewer records out of more, and a smaller part would not lie within a larger one.
+
+    Args:
+        targets: Classes ``[n]``.
+        luck: Distinct numbers ``[n]``: who is first within a class, and among classes that tie.
+
+    Returns:
+        Places in ``targets``, ``[n]``.
+
+    >>> targets = torch.tensor([0, 0, 0, 0, 1, 1])
+    >>> targets[queue(targets, torch.arange(6))].tolist()
+    [0, 1, 0, 0, 1, 0]
+    """
+    drawn = luck.argsort()
+    when = torch.empty(len(targets), dtype=torch.float64)
+    for label in torch.unique(targets).tolist():
+        mine = drawn[targets[drawn] == label]
+        place = torch.arange(len(mine), dtype=torch.float64)
+        when[mine] = (2 * place + 1) / (2 * len(mine))
+    return drawn[when[drawn].argsort(stable=True)]
+
+
 def chunks(positions: Tensor, batch_size: int) -> list[Tensor]:
     """Batches of positions; a last batch of one joins the one before (batch norm needs two)."""
     parts = list(torch.split(positions, max(1, batch_size)))

@@ -19,7 +19,7 @@ class Step:
     """One thing that was done to a model: how it was trained, pruned, made to forget.
 
     Args:
-        verb: ``train``, ``adopt``, ``prune``, ``forget`` or ``retrain``.
+        verb: ``train``, ``adopt``, ``prune``, ``forget``, ``patch``, ``retrain`` or ``compact``.
         method: The method and its settings as JSON, where there is one.
         settings: How the task trained, as JSON.
         seed: The seed that every other seed derives from.

@@ -85,7 +85,7 @@ def placed(network: nn.Module, device: torch.device, train: bool) -> Iterator[Pl
 
 @contextlib.contextmanager
 def preserved(network: nn.Module) -> Iterator[None]:
-    """Leave modes, gradients and the global random state as they were found."""
+    """Leave modes and the global random state as they were found; gradients are cleared."""
     modes = {module: module.training for module in network.modules()}
     state = torch.get_rng_state()
     used = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]

@@ -69,6 +69,9 @@ class TrainedModel:
         empty where that is nobody."""
         self.log: Path | None = None
         """Where the log of its training's updates lies, if it is at hand; not saved."""
+        self.patch: Any = None
+        """What the last method multiplied, as a :class:`~efface.sparsify.blocks.Patch`, where it
+        made one; not saved with the model."""
         self._mask: Mask | None = None
         self.set_mask(mask)
 

@@ -1,4 +1,4 @@
-"""What one does with a model: train, adopt, prune, forget, retrain, audit.
+"""What one does with a model: train, adopt, prune, forget, patch, retrain, audit.
 
 Every verb leaves its inputs as they were and returns something new; each step is recorded in the
 new model's lineage, with its cost.
@@ -16,6 +16,7 @@ from torch import Tensor
 from efface import auditing, predict
 from efface.checkpoint import load_weights
 from efface.errors import MethodError, SelectionError
+from efface.files import digest
 from efface.fitting import Fit, Progress
 from efface.journal import Journal
 from efface.mask import Mask
@@ -25,6 +26,7 @@ from efface.report import AuditResult
 from efface.retraining import retrain as retrain
 from efface.signals import margin
 from efface.sparsify import OneShot, Pruner, build_pruner
+from efface.sparsify.blocks import Patch
 from efface.task import Split, Task
 from efface.trained import TrainedModel, blank_network, weights_digest
 from efface.unlearn import Unlearner, build, check_needs, filled, to_json
@@ -257,6 +259,39 @@ def forget(
     return work.close(to_json(chosen), forgotten, split=split.sizes())
 
 
+def patch(trained: TrainedModel, change: Patch | str | Path, *, undo: bool = False) -> TrainedModel:
+    """Put a patch on a copy of the model that it was made from, or take it off again.
+
+    It hides and does not erase: what the model was made to forget stays what it was.
+
+    Args:
+        trained: Left as it is.
+        change: The patch (``.patch`` of what :func:`forget` gave with ``DFMU``), or its file.
+        undo: Take it off.
+
+    Raises:
+        MismatchError: If the patch is for another model, or is not on it.
+
+    Example:
+        >>> import torch, efface
+        >>> y = torch.arange(96) % 3
+        >>> x = torch.eye(4)[y] + 0.1 * torch.randn(96, 4)
+        >>> task = efface.Task(lambda: efface.networks.MLP((4, 16, 3)), (x, y), (x, y))
+        >>> trained, split = efface.train(task), efface.Split.by_class(task, 2)
+        >>> method = efface.unlearn.DFMU(fraction=1.0)
+        >>> change = efface.forget(trained, split, method).patch
+        >>> patched = efface.patch(trained, change)
+        >>> len(patched.forgotten.tags), patched.lineage[-1].verb
+        (0, 'patch')
+    """
+    change = change if isinstance(change, Patch) else Patch.load(change)
+    work = Work(trained, "patch", 0, How("cpu"))
+    work.model = change.undo(trained) if undo else change.apply(trained)
+    method = {"method": "patch", "undo": undo, "patch": digest(change.to_bytes())}
+    factors = sum(len(c.rows) for c in change.changes)
+    return work.close(method, patch={"factors": factors, "for": change.base, **change.facts})
+
+
 def split_of(before: TrainedModel, after: TrainedModel) -> Split:
     """The split of the requests between two models, from their lineage.
 
@@ -267,7 +302,10 @@ def split_of(before: TrainedModel, after: TrainedModel) -> Split:
     new = after.forgotten.positions(task)
     new = new[~torch.isin(new, before.forgotten.positions(task))]
     if len(new) == 0:
-        raise SelectionError("the lineage of the two models differs by no request; select records.")
+        raise SelectionError(
+            "the lineage of the two models differs by no request (a patch hides, and forgets "
+            "nothing); select records."
+        )
     chosen = torch.zeros(len(task.records), dtype=torch.bool)
     chosen[new] = True
     requests = after.forgotten.requests[len(before.forgotten.requests) :]

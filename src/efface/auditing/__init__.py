@@ -6,6 +6,7 @@ import datetime
 from typing import Any
 
 from efface.auditing.base import Audit, Cache, Finding, Subject, check_subject, last_step
+from efface.auditing.blocks import BlockContrast
 from efface.auditing.distance import OutputDistance, RunTime, WeightDistance
 from efface.auditing.mask_trace import MaskMembership, MaskTrace, TraceBetween, TraceRemoved
 from efface.auditing.masks import (
@@ -16,6 +17,8 @@ from efface.auditing.masks import (
     MaskOverlap,
 )
 from efface.auditing.membership import HeldOutAUC, JiaSVC, LowFPR, Margin
+from efface.auditing.probing import LinearProbe, class_only
+from efface.auditing.relearning import Relearn
 from efface.auditing.standing import standing
 from efface.auditing.utility import ForgottenClass, PerClass, Utility
 from efface.auditing.verdict import Verdict, decide
@@ -63,6 +66,10 @@ FIRST_FLOOR: tuple[Audit, ...] = (
     MaskMembership(auc=True),
     RunTime("rte_seconds"),
     RunTime("rte_ratio"),
+    LinearProbe(),
+    Relearn(),
+    Relearn(added=10, epochs=5),
+    BlockContrast(),
 )
 
 
@@ -148,8 +155,15 @@ def _done(subject: Subject, title: str) -> str:
         return "Nothing: this is the original model, audited as a control."
     if title == "retrain":
         return "The model was trained anew without these records, from fresh weights."
-    sparse = f" on a model with {subject.after.sparsity:.0%} of its weights pruned"
-    return f"The method {title} was run" + (sparse if subject.after.mask else "") + "."
+    before, after = subject.before, subject.after
+    done = f"The method {title} was run"
+    if before.mask is not None:
+        done += f" on a model with {before.sparsity:.0%} of its weights pruned"
+    elif after.mask is not None:
+        done += (
+            f"; in the layers that it touched {after.sparsity:.0%} of the weights are pruned now"
+        )
+    return f"{done}."
 
 
 def _model(subject: Subject, model: TrainedModel) -> dict[str, Any]:
@@ -180,7 +194,12 @@ def not_shown(subject: Subject) -> list[str]:
     lines = [
         "That no trace of the records is left in the weights: the audit looks at behaviour only.",
         "What an attacker with many shadow models could find about single records.",
-        "Whether the records can be re-learned faster than by a model that never saw them.",
+        "Whether the records can be re-learned faster than by a model that never saw them"
+        + (
+            "."
+            if class_only(subject) or k == 0
+            else ", beyond the few epochs and records tried here."
+        ),
         "Whether near-duplicates of the forgotten records remain among the retained ones.",
         "Copies, backups, caches and models derived from the original: delete those as well.",
     ]

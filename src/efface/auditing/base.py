@@ -17,6 +17,7 @@ from torch import Tensor
 from efface.errors import MismatchError
 from efface.keys import load_key, tags
 from efface.lineage import Step
+from efface.mask import Mask
 from efface.predict import logits
 from efface.seeds import rng
 from efface.shapes import plan_of
@@ -269,16 +270,22 @@ def _check_reference(subject: Subject, reference: TrainedModel, gone: set[str]) 
     if plan_of(subject.after.task) or plan_of(reference.task):
         return  # the mask of a compacted model went into its shapes, or names other tensors
     mask, other = subject.after.mask, reference.mask
-    if (mask is None) != (other is None) or (
-        mask is not None
-        and other is not None
-        and (mask.keys() != other.keys() or abs(mask.kept - other.kept) > 1)
-    ):
+    blocks = any("blocks" in step.detail for step in subject.after.lineage)
+    if subject.before.mask is None and other is None and blocks:
+        return  # blocks that carried D_f were switched off: that is the method, not the model
+    if not _alike(mask, other):
         raise MismatchError(
             f"a reference has {other.sparsity if other else 0:.1%} of its weights pruned, the "
             f"model {mask.sparsity if mask else 0:.1%}; use efface retrain --like same-mask, "
             "or dense for a dense model."
         )
+
+
+def _alike(mask: Mask | None, other: Mask | None) -> bool:
+    """Whether two masks are over the same weights, and keep as many."""
+    if mask is None or other is None:
+        return mask is other
+    return mask.keys() == other.keys() and abs(mask.kept - other.kept) <= 1
 
 
 def _check_original(before: TrainedModel, other: TrainedModel) -> None:

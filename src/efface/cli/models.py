@@ -1,7 +1,8 @@
-"""Commands that make a model: train, adopt, prune, forget, retrain."""
+"""Commands that make a model: train, adopt, prune, forget, patch, retrain."""
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,7 +26,7 @@ from efface.commandline import (
     make,
 )
 from efface.console import Run
-from efface.errors import InputError
+from efface.errors import InputError, MethodError
 
 if TYPE_CHECKING:
     from efface.task import Task
@@ -153,6 +154,9 @@ def forget(
     log: Annotated[
         Path | None, typer.Option(metavar="LOGDIR", help="The log that its training recorded.")
     ] = None,
+    patch: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also what dfmu multiplied, a few kB.")
+    ] = None,
     sets: Sets = None,
 ) -> None:
     """Make a model forget records: by --ids, --class, --random or --where."""
@@ -160,6 +164,8 @@ def forget(
     from efface.checkpoint import load
 
     unlearner = get_method(method, sets, force=run.force)
+    if patch is not None:
+        _check_patch(patch, unlearner, {"--out": out, "--model": model, "--ids": ids})
     select = {"ids": ids, "label": label, "fraction": fraction, "where": where, "seed": split_seed}
     check_selection(select)
     key: dict[str, Any] = {
@@ -178,9 +184,81 @@ def forget(
 
     def work(made: Task, common: dict[str, Any]) -> TrainedModel:
         split = get_split(made, select)
-        return verbs.forget(load(model, made), split, unlearner, **options, **common)
+        loaded = load(model, made)
+        after = verbs.forget(loaded, split, unlearner, **options, **common)
+        if patch is not None and after.patch.base != loaded.digest:
+            _say_between(unlearner.name, patch, model)
+        return after
 
-    make(run, out, (task, None), key, work)
+    make(run, out, (task, None), key, work, patch)
+
+
+def _check_patch(patch: Path, method: Any, others: dict[str, Path | None]) -> None:
+    """Check, before anything runs, that there will be a patch, and a place for it.
+
+    Raises:
+        MethodError: If the method makes none.
+        InputError: If another file has this name.
+    """
+    from efface.unlearn import DFMU, LayerwisePartial
+    from efface.unlearn.base import inside
+
+    made = [m for m in inside(method) if isinstance(m, DFMU)]
+    if not made:
+        raise MethodError(
+            f"--patch: {method.name} makes no patch; take --method dfmu, or leave --patch out."
+        )
+    if all(m.action == "reinit" for m in made):
+        raise MethodError(
+            "--patch: action=reinit puts new weights in, which no factors do; take action=dampen "
+            "or action=prune, or leave --patch out."
+        )
+    partial = [m for m in inside(method) if isinstance(m, LayerwisePartial)]
+    if any(isinstance(m, DFMU) for p in partial for m in inside(p)):
+        raise MethodError(
+            "--patch: layerwise-partial puts most factors of dfmu back, so that no patch would "
+            "describe the model; take dfmu by itself, or leave --patch out."
+        )
+    _check_apart("--patch", patch, others)
+
+
+def _say_between(method: str, patch: Path, model: Path) -> None:
+    """Say that a patch is not for the model that the command was given."""
+    warnings.warn(
+        f"{method} changed the model before its blocks were turned down, so that {patch} is for "
+        f"weights in between, which are in no file; to have one for {model}, let dfmu come first.",
+        stacklevel=3,
+    )
+
+
+def _check_apart(option: str, path: Path, others: dict[str, Path | None]) -> None:
+    for other, place in others.items():
+        if place is not None and place.resolve() == path.resolve():
+            raise InputError(f"{option} and {other} name the same file, {path}; give it another.")
+
+
+@command
+def patch(
+    run: Run,
+    task: TaskName,
+    model: Model,
+    file: Annotated[Path, typer.Option("--patch", metavar="FILE", help="Of forget --patch.")],
+    out: Out,
+    undo: Annotated[bool, typer.Option("--undo", help="Take it off again.")] = False,
+) -> None:
+    """Put a patch on the model it was made from, or take it off: it hides, and does not erase."""
+    from efface import verbs
+    from efface.checkpoint import load
+    from efface.sparsify.blocks import Patch
+
+    _check_apart("--out", out, {"--patch": file})
+    change = Patch.load(file)
+    key = {"verb": "patch", "task": task, "model": digest_of(model), "patch": digest_of(file)}
+
+    def work(made: Task, common: dict[str, Any]) -> TrainedModel:
+        return verbs.patch(load(model, made), change, undo=undo)
+
+    make(run, out, (task, None), key | {"undo": undo}, work)
 
 
 @command

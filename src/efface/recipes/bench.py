@@ -14,12 +14,13 @@ from efface.errors import InputError, OutputError, nearest
 from efface.files import canonical, check_output, write_atomic
 from efface.placement import pick_device
 from efface.recipes import recipe as recipes
+from efface.recipes.frugality import frugality
 from efface.recipes.models import Bench
 from efface.recipes.plan import Size
 from efface.recipes.probe import Spent
 from efface.recipes.stability import stability
 from efface.recipes.stages import Stages
-from efface.recipes.summary import curves, judge, summarise
+from efface.recipes.summary import Table, curves, judge, summarise
 from efface.recipes.tables import tables
 from efface.recipes.undoing import curves_over_keep, storage
 from efface.report import bench_page
@@ -115,6 +116,7 @@ def _document(
         "stability": stability(plan, rows),
         "storage": storage(rows),
         "over_keep": curves_over_keep(plan, summary),
+        "frugality": frugality(plan, Table(rows)),
     }
 
 

@@ -29,6 +29,7 @@ from efface.errors import DivergedError, EffaceError
 from efface.files import digest, write_atomic
 from efface.placement import pick_device
 from efface.predict import logits
+from efface.recipes.frugality import after_forgetting, worst_class
 from efface.recipes.models import Bench, Job, original, original_key, reference, reference_key
 from efface.recipes.sources import Selection
 from efface.recipes.stability import at_balances
@@ -187,13 +188,18 @@ def measure(bench: Bench, job: Job, model: TrainedModel, split: Split) -> dict[s
     draw = np.random.default_rng(0)
     findings = [Utility(name)(subject, draw) for name in ("ua", "ra", "ta")]
     findings += [HeldOutAUC()(subject, draw), Margin()(subject, draw)]
-    if job.kind == "row" or bench.plan.search_metric == "average_gap":
+    wanted = job.kind == "row" and not bench.plan.pooled  # it takes as long as all the others
+    if wanted or bench.plan.search_metric == "average_gap":
         findings.append(JiaSVC()(subject, draw))
     if bench.plan.balances:
         findings.append(LowFPR()(subject, draw))
     if split.label is not None:
         findings.append(ForgottenClass()(subject, draw))
     metrics = {f.name: _plain(f) for f in findings if f.status == "ok"}
+    if bench.plan.per_class:
+        metrics["ra_worst"] = worst_class(subject)
+    if job.kind == "row":
+        metrics |= after_forgetting(bench.plan, job.method, subject)
     selection = bench.selection(job.which, job.scenario, job.seed)
     if selection.poison is not None:
         metrics |= attack(bench, selection, model)

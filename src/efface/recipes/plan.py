@@ -17,7 +17,8 @@ from efface.errors import MethodError
 from efface.options import changed, merged
 from efface.recipes.sources import Part, Selection, Source
 from efface.sparsify import build_pruner
-from efface.unlearn import build
+from efface.unlearn import Frugal, build
+from efface.unlearn.frugal import check_fraction
 
 if TYPE_CHECKING:
     from efface.updates.recorder import Recorder
@@ -90,6 +91,8 @@ class Method(Part):
     ``seeds`` the number of training seeds where it is not the recipe's. ``on`` and ``scenarios``
     are the models and scenarios that it takes part in: all where none is named. ``keeps`` makes it
     several methods, ``NAME-100``, ``NAME-10`` and so on: one for each value of its option ``keep``.
+    ``fractions`` makes it several, ``NAME@100``, ``NAME@13`` and so on: a family, each member of
+    which is given that ``fraction`` of D_r (see :class:`efface.unlearn.Frugal`).
     """
 
     method: str
@@ -101,10 +104,15 @@ class Method(Part):
     on: tuple[str, ...] = ()
     scenarios: tuple[str, ...] = ()
     keeps: tuple[float, ...] = ()
+    fractions: tuple[float, ...] = ()
+    fraction: float | None = None
 
     def expanded(self, name: str) -> dict[str, Method]:
-        """One method for each ``keep``, by name."""
+        """One method for each ``keep`` or fraction of D_r, by name."""
         made = {}
+        for fraction in self.fractions:
+            alone = {"fraction": fraction, "fractions": ()}
+            made[f"{name}@{100 * fraction:g}"] = self.model_copy(update=alone)
         for keep in self.keeps:
             changes = {"options": {**self.options, "keep": keep}, "keeps": ()}
             made[f"{name}-{100 * keep:g}"] = self.model_copy(update=changes)
@@ -114,6 +122,10 @@ class Method(Part):
     def _buildable(self) -> Method:
         if any(not values for values in self.search.values()):
             raise ValueError("search needs at least one value for each option")
+        if sum(bool(given) for given in (self.keeps, self.fractions, self.fraction)) > 1:
+            raise ValueError("give one of keeps, fractions and fraction")
+        for fraction in (*self.fractions, *([] if self.fraction is None else [self.fraction])):
+            check_fraction("a method", fraction)
         for one in self.expanded("").values():
             for options in (*self.grid(), *self.models.values(), *self.within.values()):
                 build(self.method, merged(one.options, _nested(options)))
@@ -128,7 +140,8 @@ class Method(Part):
         options = merged(self.options, _nested(chosen))
         for more in (self.within.get(scenario, {}), self.models.get(model, {})):
             options = merged(options, more)
-        return build(self.method, options)
+        made = build(self.method, options)
+        return made if self.fraction is None else Frugal(made, self.fraction)
 
 
 def _nested(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -186,6 +199,14 @@ class Size(Part):
     shares of members at which the released attack is fitted, to see what that does to its numbers.
     ``record`` are the options of the recorder (see :class:`efface.updates.Recorder`) that keeps the
     updates of every original, for methods that need a log.
+
+    With ``shared_search`` values are looked for once for a family of methods and for all scenarios:
+    at the fraction next to ``search_fraction``, in the first scenario that has a proxy.
+    ``search_seed`` is the training seed of the search. With ``per_class`` rows have ``ra_worst``,
+    the accuracy on the records of D_r of the class that fares worst. ``probed`` are the methods
+    whose rows, beside those of the original and the retrained model, say what can be found of the
+    class, or brought back, afterwards. With ``pooled`` results are also given as means over the
+    scenarios, which are then alike; ``subject`` is the family to compare with the best of others.
     """
 
     task: Source
@@ -201,6 +222,13 @@ class Size(Part):
     balances: tuple[float, ...] = ()
     transfer: Transfer | None = None
     record: Mapping[str, Any] | None = None
+    search_fraction: float = Field(0.13, gt=0, le=1)
+    search_seed: int = Field(0, ge=0)
+    shared_search: bool = False
+    per_class: bool = False
+    probed: tuple[str, ...] = ()
+    pooled: bool = False
+    subject: str | None = None
     models: tuple[Model, ...]
     methods: Mapping[str, Method]
 
@@ -250,6 +278,11 @@ class Size(Part):
             said = (*method.scenarios, *method.within)
             self._known(f"method {name!r}", "scenario", said, self.scenarios)
             self._known(f"method {name!r}", "model", (*method.models, *method.on), names)
+        if self.shared_search and any(model.scenarios for model in self.models):
+            raise ValueError("a shared search needs models that take part in all scenarios")
+        self._known("probed", "method", self.probed, self.methods)
+        if self.subject is not None:
+            self._known("subject", "method", [self.subject], map(self.family, self.methods))
         return self
 
     @staticmethod
@@ -265,6 +298,8 @@ class Size(Part):
                 raise ValueError("the proxy must be another forget set than the one reported")
             searched = [m for m, method in self.methods.items() if method.search]
             searched = [m for m in searched if self.takes_part(m, name)]
+            if self.shared_search:
+                searched = [m for m in searched if not self._proxied(m)]
             if searched and one.proxy is None:
                 raise ValueError(f"{', '.join(searched)} search values, but there is no proxy")
         harmful = [one for one in self.cases.values() if one.forget.harmful is not None]
@@ -292,6 +327,33 @@ class Size(Part):
     def models_in(self, scenario: str) -> list[Model]:
         """The models that take part in a scenario."""
         return [m for m in self.models if not m.scenarios or scenario in m.scenarios]
+
+    def family(self, method: str) -> str:
+        """What a method is called without its fraction of D_r."""
+        one = self.methods.get(method)
+        named = None if one is None or one.fraction is None else method.rpartition("@")[0]
+        return named or method
+
+    def members(self, family: str) -> list[str]:
+        """The methods of a family: one, where no fractions are asked for."""
+        return [name for name in self.methods if self.family(name) == family]
+
+    def searched_at(self, method: str, scenario: str) -> tuple[str, str]:
+        """The scenario, and the member of its family, that a method's values are looked for with.
+
+        Both are its own, unless the search is shared.
+        """
+        if not self.shared_search:
+            return scenario, method
+        family = self.members(self.family(method))
+        member = min(
+            family, key=lambda m: abs((self.methods[m].fraction or 1) - self.search_fraction)
+        )
+        return next(iter(self._proxied(member)), scenario), member
+
+    def _proxied(self, method: str) -> list[str]:
+        """The scenarios with a proxy that a method takes part in."""
+        return [n for n, one in self.cases.items() if one.proxy and self.takes_part(method, n)]
 
     def methods_of(self, model: Model, scenario: str) -> list[str]:
         """The rows of a model in a scenario: original, retrained models, methods."""

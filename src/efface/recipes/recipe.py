@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import Field, ValidationError, model_validator
 
 from efface.errors import InputError, MethodError, nearest
+from efface.recipes.frugality import AFTER
 from efface.recipes.plan import Size
 from efface.recipes.sources import Part
 from efface.recipes.undoing import SIDES, UNDONE
@@ -31,6 +32,7 @@ MEASURED = (
     *("ua", "ra", "ta", "mia_efficacy", "mia_auc", "margin_forget"),
     *("forget_class_test_accuracy", "asr", "asr_paper", "probe", "kept_accuracy"),
     *("mia_tpr_at_1fpr", *TOPOLOGY, *UNDONE),
+    *("ra_worst", *AFTER),
 )
 """What a row holds, as far as it applies."""
 
@@ -41,7 +43,9 @@ METRICS = (*MEASURED, *SIDES, "average_gap", "gap_a", "seconds", "cost")
 class Claim(Part):
     """A claim to test: a metric of one (model, method) is less than that of another.
 
-    It is tested in each scenario that has both, or in one.
+    It is tested in each scenario that has both, in one, or, ``pooled``, on the means over all. With
+    a margin ``by`` it is that less + by is less than the other; with ``times`` that less is less
+    than so many times the other.
     """
 
     text: str
@@ -49,6 +53,15 @@ class Claim(Part):
     less: tuple[str, str]
     than: tuple[str, str]
     scenario: str | None = None
+    pooled: bool = False
+    by: float = 0.0
+    times: float = Field(1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _where(self) -> Claim:
+        if self.pooled and self.scenario is not None:
+            raise ValueError("a pooled claim is about all scenarios; name none")
+        return self
 
 
 class Curve(Part):

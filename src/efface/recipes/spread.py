@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,3 +24,23 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
         "high": found.high,
         "n": len(values),
     }
+
+
+def word(apart: Mapping[str, Any]) -> str:
+    """What a difference shows of a claim that it is below zero.
+
+    Args:
+        apart: The spread of the difference.
+
+    Returns:
+        ``holds`` where the whole interval is below zero, ``reversed`` where it is above, else ``not
+        shown``: zero lies in it, or there are fewer than two seeds.
+
+    >>> word(spread([-0.2, -0.21])), word(spread([0.2, 0.21])), word(spread([0.1]))
+    ('holds', 'reversed', 'not shown')
+    """
+    if apart["low"] is None:
+        return "not shown"
+    if apart["high"] < 0:
+        return "holds"
+    return "reversed" if apart["low"] > 0 else "not shown"

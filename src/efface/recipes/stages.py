@@ -116,9 +116,9 @@ class Stages:
         for which, scenario, model in self._asked():
             proxy = which == "proxy"
             names = plan.methods_of(model, scenario)
-            last = 1 if proxy else max(plan.seeds_of(name) for name in names)
+            last = max(plan.seeds_of(name) for name in names)
             base = Job("original", model.name, 0, which, scenario=scenario)
-            for seed in range(last):
+            for seed in [plan.search_seed] if proxy else range(last):
                 job = replace(base, seed=seed, weight=self._training_of(model))
                 if model.pruner is not None:  # what is pruned is trained first
                     yield 0, replace(job, model=BASE.name, weight=self.training)
@@ -127,7 +127,7 @@ class Stages:
                     for order in range(1, plan.originals):  # after the first: its initial weights
                         yield 1, replace(job, model=BASE.name, order=order, weight=self.training)
                         yield 2, replace(job, order=order)
-                if seed < (1 if proxy else plan.seeds):
+                if proxy or seed < plan.seeds:
                     for again in self._references(job, model, 1 if proxy else plan.orders):
                         yield 1 if (again.like or model.like) == "dense" else 2, again
 
@@ -189,15 +189,25 @@ class Stages:
         """The methods that search values on a model in a scenario."""
         plan = self.plan
         here = [n for n in plan.methods if plan.takes_part(n, scenario, model.name)]
+        here = [n for n in here if plan.searched_at(n, scenario) == (scenario, n)]
         return [name for name in here if plan.methods[name].search]
+
+    def _search_of(self, scenario: str, model: Model, method: str) -> tuple[str, str, str]:
+        """The search whose values a row takes."""
+        if method not in self.plan.methods:
+            return scenario, model.name, method
+        at, member = self.plan.searched_at(method, scenario)
+        return at, model.name, member
 
     def trials(self) -> Iterator[Job]:
         """A job for every value of every search, on the proxy forget set."""
         for which, scenario, model in self._asked():
             for name in self._searched(scenario, model) if which == "proxy" else ():
+                seed = self.plan.search_seed
                 for options in self.plan.methods[name].grid():
                     yield Job(
-                        "trial", model.name, 0, which, name, options, scenario, weight=self.weight()
+                        *("trial", model.name, seed, which, name, options, scenario),
+                        weight=self.weight(),
                     )
 
     def chosen(self, trials: list[Job]) -> tuple[Chosen, list[dict[str, Any]]]:
@@ -229,7 +239,7 @@ class Stages:
         """A job for every row that is reported."""
         for which, scenario, model in self._asked():
             for name in self.plan.methods_of(model, scenario) if which == "forget" else ():
-                options = chosen.get((scenario, model.name, name), {})
+                options = chosen.get(self._search_of(scenario, model, name), {})
                 kind = name.removeprefix("retrain-")
                 like: Any = kind if kind in model.references else ""
                 order = int(name == "retrain-again")

@@ -9,7 +9,7 @@ import numpy as np
 
 from efface.recipes.jobs import GAPS, gap
 from efface.recipes.recipe import MEASURED, TOPOLOGY, Claim, Curve, Recipe
-from efface.recipes.spread import spread
+from efface.recipes.spread import spread, word
 from efface.recipes.traces import trace_removed, trace_removed_between
 from efface.recipes.undoing import SIDES, UNDONE, side, verdict
 
@@ -28,12 +28,14 @@ class Table:
         named = [(row.get("scenario", ""), row["model"], row["method"]) for row in rows]
         self.named = list(dict.fromkeys(named))
         self.scenarios = list(dict.fromkeys(scenario for scenario, _, _ in named))
+        self._of: dict[tuple[str, str, str], dict[int, Row]] = {}
+        for row in sorted(self.rows, key=lambda r: r["seed"]):
+            key = (row.get("scenario", ""), row["model"], row["method"])
+            self._of.setdefault(key, {})[row["seed"]] = row
 
     def of(self, model: str, method: str, scenario: str = "") -> dict[int, Row]:
         """Seed → row."""
-        asked = (scenario, model, method)
-        found = [r for r in self.rows if (r.get("scenario", ""), r["model"], r["method"]) == asked]
-        return {r["seed"]: r for r in sorted(found, key=lambda r: r["seed"])}
+        return dict(self._of.get((scenario, model, method), {}))
 
     def values(self, model: str, method: str, metric: str, scenario: str = "") -> dict[int, float]:
         """Seed → value of a metric, or of a gap to the mean of the retrained models.
@@ -53,6 +55,19 @@ class Table:
             whole = _images(self.of(model, "retrain", scenario))
             return {s: n / whole[s] for s, n in _images(rows).items() if whole.get(s)}
         return {s: r["metrics"][metric]["value"] for s, r in rows.items() if metric in r["metrics"]}
+
+    def pooled(
+        self, model: str, method: str, metric: str, scenarios: Sequence[str] | None = None
+    ) -> dict[int, float]:
+        """Seed → mean of a metric over scenarios: all that a method has rows in, or those named.
+
+        A seed that lacks one of them is left out.
+        """
+        if scenarios is None:
+            scenarios = [s for s in self.scenarios if (s, model, method) in self.named]
+        found = [self.values(model, method, metric, s) for s in scenarios]
+        shared = [s for s in found[0] if all(s in one for one in found)] if found else []
+        return {s: float(np.mean([one[s] for one in found])) for s in shared}
 
     @staticmethod
     def _sides(rows: dict[int, Row], retrained: dict[int, Row], kind: str) -> dict[int, float]:
@@ -162,7 +177,8 @@ def judge(claims: Sequence[Claim], rows: Sequence[Row]) -> list[dict[str, Any]]:
 
     A claim *holds* where the whole interval is below zero, is *reversed* where it is above, and is
     *not shown* where zero lies in it or there are fewer than two seeds. A claim about rows that
-    this size does not have is left out.
+    this size does not have is left out. One that is ``pooled`` is tested once, on means over the
+    scenarios that have both.
     """
     table = Table(rows)
     found = []
@@ -173,29 +189,30 @@ def judge(claims: Sequence[Claim], rows: Sequence[Row]) -> list[dict[str, Any]]:
             if {(scenario, *claim.less), (scenario, *claim.than)} <= set(table.named)
             and claim.scenario in (None, scenario)
         ]
-        found += [_judged(claim, table, s) for s in there]
+        if claim.pooled:
+            found += [_judged(claim, table, there)] if there else []
+        else:
+            found += [_judged(claim, table, [s]) for s in there]
     return found
 
 
-def _judged(claim: Claim, table: Table, scenario: str) -> dict[str, Any]:
-    less = table.values(*claim.less, claim.metric, scenario)
-    than = table.values(*claim.than, claim.metric, scenario)
+def _judged(claim: Claim, table: Table, scenarios: Sequence[str]) -> dict[str, Any]:
+    less = table.pooled(*claim.less, claim.metric, scenarios)
+    than = table.pooled(*claim.than, claim.metric, scenarios)
     shared = sorted(set(less) & set(than))
-    apart = spread([less[s] - than[s] for s in shared])
-    word = "not shown"
-    if apart["low"] is not None and apart["high"] < 0:
-        word = "holds"
-    elif apart["low"] is not None and apart["low"] > 0:
-        word = "reversed"
-    return {
+    apart = spread([less[s] + claim.by - claim.times * than[s] for s in shared])
+    found = {
         "text": claim.text,
-        "scenario": scenario,
+        "scenario": "" if claim.pooled else scenarios[0],
         "metric": claim.metric,
         "less": {"of": list(claim.less), **spread([less[s] for s in shared])},
         "than": {"of": list(claim.than), **spread([than[s] for s in shared])},
         "difference": apart,
-        "verdict": word,
+        "verdict": word(apart),
     }
+    more = {"pooled": claim.pooled, "by": claim.by, "times": claim.times}
+    plain = {"pooled": False, "by": 0.0, "times": 1.0}
+    return found | {key: value for key, value in more.items() if value != plain[key]}
 
 
 def curves(recipe: Recipe, rows: Sequence[Row]) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from efface.console import Run
+from efface.report.bench import said
 
 COLUMNS = {
     "ua": "UA",
@@ -20,11 +21,14 @@ COLUMNS = {
 
 
 def tables(console: Run, document: Mapping[str, Any]) -> str:
-    """Rows (mean ± std, gap in brackets) for each scenario, and the claims."""
+    """Rows (mean ± std, gap in brackets) for each scenario, or pooled ones, and the claims."""
     summary = document["summary"]
     scenarios = list(dict.fromkeys(entry.get("scenario", "") for entry in summary))
     parts = []
-    for scenario in scenarios:
+    if document.get("frugality"):
+        title = f"{document['title']}, all scenarios: per cent"
+        parts.append(console.table(title, *_pooled(document["frugality"])))
+    for scenario in scenarios if not parts else ():
         mine = [entry for entry in summary if entry.get("scenario", "") == scenario]
         about = f", {scenario}" if scenario else ""
         title = f"{document['title']}{about}: per cent, gap in brackets"
@@ -32,11 +36,11 @@ def tables(console: Run, document: Mapping[str, Any]) -> str:
     if document["claims"]:
         claims = [
             [
-                *([claim["scenario"]] if len(scenarios) > 1 else []),
+                *([claim["scenario"] or "all"] if len(scenarios) > 1 else []),
                 claim["text"],
                 claim["metric"],
                 _difference(claim),
-                claim["verdict"],
+                said(claim),
             ]
             for claim in document["claims"]
         ]
@@ -70,6 +74,23 @@ def _rows(entries: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[st
     more = ["trace removed", *more] if masks else []
     names = ["model", "method", *(COLUMNS[n] for n in shown), *more, "gap", "gap-A", "s", "seeds"]
     return names, rows
+
+
+def _pooled(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """A row for each method and fraction."""
+    shown = {"ra": "RA", "ua": "UA", "ta": "TA", "gap_a": "gap-A"}
+    rows = [
+        [
+            line["model"],
+            point["name"],
+            *(_cell(point.get(name)) for name in shown),
+            "—" if "seconds" not in point else f"{point['seconds']['mean']:.2f}",
+            str(point.get("ra", {"n": 0})["n"]),
+        ]
+        for line in found["lines"]
+        for point in line["points"]
+    ]
+    return ["model", "method", *shown.values(), "s", "seeds"], rows
 
 
 def _trace(found: Mapping[str, Any] | None) -> str:

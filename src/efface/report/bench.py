@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from efface.report import plots
+from efface.report.bench_frugality import frugality_section
 from efface.report.bench_masks import is_base, masks
 from efface.report.bench_stability import stability_section
 from efface.report.bench_undo import undo_section, undone
@@ -39,16 +40,21 @@ def bench_page(document: Mapping[str, Any]) -> str:
     entries = document["summary"]
     columns = [name for name in COLUMNS if any(name in e["metrics"] for e in entries)]
     names = list(dict.fromkeys(entry.get("scenario", "") for entry in entries))
-    claims = [_claim(claim) for claim in document["claims"]]
+    alone = [_claim(claim) for claim in document["claims"] if not claim.get("pooled")]
+    pooled = [_claim(claim) for claim in document["claims"] if claim.get("pooled")]
+    grid = _grid(alone, names) if alone and len(names) > 2 else None
+    frugality = frugality_section(document)
+    each = [] if frugality else list(enumerate(names))  # one by one they are in results.json
     return render(
         "bench.html.j2",
         bench=document,
         columns=[(name, metric(name)) for name in columns],
-        scenarios=[_scenario(document, name, columns, i) for i, name in enumerate(names)],
+        scenarios=[_scenario(document, name, columns, i) for i, name in each],
         traces=any(entry.get("trace_removed") for entry in entries),
-        claims=claims,
-        claim_grid=_grid(claims, names) if len(names) > 2 else None,
-        claimed_in=any(claim["scenario"] for claim in claims),
+        claims=pooled if grid else [*alone, *pooled],
+        claim_grid=grid,
+        claimed_in=any(claim["scenario"] for claim in alone),
+        frugality=frugality,
         curves=[_curve(curve, i) for i, curve in enumerate(document["curves"])],
         influence=_influence(document.get("influence")),
         stability=stability_section(document.get("stability")),
@@ -80,6 +86,7 @@ def _scenario(
 _NAMES = {
     **{"average_gap": "average gap", "gap_a": "gap-A", "seconds": "seconds", "cost": "cost"},
     **{"memory": "still remembered", "damage": "lost beside it"},
+    "ra_worst": "RA of the worst class",
 }
 _GAPS = (
     ("average_gap", "average gap to retraining, points (left is better)"),
@@ -157,6 +164,16 @@ def _cell(entry: Mapping[str, Any] | None, kind: str) -> dict[str, str]:
     }
 
 
+def said(claim: Mapping[str, Any]) -> str:
+    """What was found of a claim: one with a margin is not held where the other side is shown.
+
+    >>> said({"verdict": "reversed", "by": 0.4})
+    'not held'
+    """
+    margin = "by" in claim or "times" in claim
+    return "not held" if margin and claim["verdict"] == "reversed" else str(claim["verdict"])
+
+
 def _claim(claim: Mapping[str, Any]) -> dict[str, Any]:
     tone, icon = _TONES[claim["verdict"]]
     how = metric(claim["metric"])
@@ -173,10 +190,23 @@ def _claim(claim: Mapping[str, Any]) -> dict[str, Any]:
         "interval": interval(apart["low"], apart["high"], kind),
         "n": apart["n"],
         "metric": _NAMES.get(claim["metric"]) or how.short or how.label,
-        "word": claim["verdict"],
+        "pooled": claim.get("pooled", False),
+        "margin": _margin(claim, kind),
+        "word": said(claim),
         "tone": tone,
         "icon": icon,
     }
+
+
+def _margin(claim: Mapping[str, Any], kind: str) -> str:
+    """What a claim asks for beyond less; nothing where it asks for no more."""
+    parts = []
+    if "times" in claim:
+        parts.append(f"less than {significant(claim['times'])} × the other")
+    if "by" in claim:
+        size = number(abs(claim["by"]), kind, False)
+        parts.append(f"less by {size}" if claim["by"] > 0 else f"at most {size} more")
+    return ", ".join(parts)
 
 
 def _grid(claims: Sequence[Mapping[str, Any]], scenarios: Sequence[str]) -> dict[str, Any]:

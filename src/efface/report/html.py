@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from efface.report import plots, topology
+from efface.report import after, plots, topology
 from efface.report.words import (
     DASH,
     VERDICTS,
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     from efface.report.result import AuditResult
 
+_PICTURES = ("histogram", "bars", "curve")
+"""Kinds of series that have a section each; others belong to a section of several."""
 _COLUMNS = ("ua", "ra", "ta", "mia_efficacy", "mia_auc")
 _SELECTORS = {
     "class": "all records of class {class}",
@@ -52,12 +54,13 @@ def audit_page(result: AuditResult) -> str:
         (True, True)
     """
     subject = result.subject
-    rows = [_finding(finding) for finding in result.findings]
+    rows = [_finding(finding) for finding in result.findings if not after.silent(finding)]
     shape = topology.section(result.findings, rows, "m")
     # in a section of their own, where there is one; else the reason once
-    plain = [r for r in rows if not topology.is_topology(r)] + [
+    plain = [r for r in rows if not topology.is_topology(r) and not after.is_after(r)] + [
         r for r in rows if shape is None and r["name"] == "mask_iou"
     ]
+    mine = [row for row in rows if after.is_after(row)]
     average = {"average gap": result.average_gap, "gap-A": result.gap_a}
     return render(
         "audit.html.j2",
@@ -68,8 +71,9 @@ def audit_page(result: AuditResult) -> str:
         averages=[_average(name, gap) for name, gap in average.items()],
         compared=[row for row in plain if row["compared"]],
         others=[row for row in plain if not row["compared"]],
-        findings=rows if shape else plain,
+        findings=rows if shape else plain + mine,
         topology=shape,
+        later=after.section(result.findings, rows, "f"),
         pictures=_pictures(result.to_dict(), "a"),
         layers=_layers(subject),
         costs=_costs(subject.get("cost") or {}),
@@ -185,7 +189,7 @@ def _pictures(audit: Mapping[str, Any], salt: str) -> list[dict[str, Any]]:
     found = []
     for index, finding in enumerate(audit["findings"]):
         series = finding.get("series")
-        if not series or series["kind"] == "topology":
+        if not series or series["kind"] not in _PICTURES:
             continue
         key, kind = f"{salt}{index}", series["kind"]
         if kind == "histogram":
@@ -205,8 +209,7 @@ def _pictures(audit: Mapping[str, Any], salt: str) -> list[dict[str, Any]]:
                 "legend": _legend([str(group["label"]) for group in groups]),
             }
         )
-    kinds = ("histogram", "bars", "curve")
-    return sorted(found, key=lambda picture: kinds.index(picture["kind"]))
+    return sorted(found, key=lambda picture: _PICTURES.index(picture["kind"]))
 
 
 def _legend(labels: Sequence[str]) -> list[dict[str, Any]]:

@@ -180,6 +180,35 @@ METRICS = {
         "with them: 0.5 is guessing, 1 is certainty.",
         "mask AUC",
     ),
+    "linear_probe": Metric(
+        "A simple reader finds the class in the features",
+        "percent",
+        "How often a linear probe on what the last layer is given tells new records of the "
+        "forgotten class from others: 50 % is guessing. It finds a part of any class in any "
+        "network, so it should be what retraining shows.",
+        "Linear probe",
+    ),
+    "relearn_retain": Metric(
+        "The class comes back by itself",
+        "percent",
+        "The highest accuracy on new records of the forgotten class while a copy is trained on "
+        "for a few passes over kept records only. A retrained model stays at zero.",
+        "Relearning, D_r",
+    ),
+    "relearn_forget": Metric(
+        "The class comes back from a few records",
+        "percent",
+        "The same with a few forgotten records among the kept ones, on average over the passes: "
+        "the higher, the sooner the class is back. It should be what retraining shows.",
+        "Relearning, D_f",
+    ),
+    "block_contrast": Metric(
+        "Blocks tell the forgotten records from the rest",
+        "number",
+        "How differently the blocks of the network matter for the forgotten records and for the "
+        "rest: the mean of |ln ratio|. Near what random records would show, there is no block to "
+        "turn down for these records.",
+    ),
     "rte_seconds": Metric(
         "Time to forget", "seconds", "Wall-clock time of the forgetting itself.", "RTE"
     ),
@@ -245,8 +274,8 @@ VERDICTS = {
 def metric(name: str) -> Metric:
     """How a finding is presented; an unknown one under its own name, as a plain number.
 
-    >>> metric("ua").short, metric("relearn_area").label
-    ('UA', 'Relearn area')
+    >>> metric("ua").short, metric("depth_of_trace").label
+    ('UA', 'Depth of trace')
     """
     label = name.replace("_", " ")
     return METRICS.get(name) or Metric(label[:1].upper() + label[1:], "number", "")

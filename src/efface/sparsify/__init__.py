@@ -9,6 +9,7 @@ from typing import Any
 
 from efface.errors import MethodError, nearest
 from efface.options import check_known, convert
+from efface.sparsify.block_criteria import BLOCK_CRITERIA
 from efface.sparsify.compaction import compact
 from efface.sparsify.criteria import (
     CRITERIA,
@@ -38,6 +39,7 @@ from efface.sparsify.sfp import SFP
 from efface.trained import TrainedModel
 
 __all__ = [
+    "BLOCK_CRITERIA",
     "CRITERIA",
     "FILTER_CRITERIA",
     "IMP",

@@ -26,6 +26,7 @@ from efface.placement import preserved
 from efface.predict import logits
 from efface.shapes import ShapePlan, compare, number, plan_of, sizes_of, with_plan
 from efface.sparsify.groups import Group, filter_groups, kept_filters
+from efface.sparsify.tracing import examples
 from efface.task import Task
 from efface.trained import TrainedModel
 
@@ -179,8 +180,7 @@ def _graph(task: Task, twin: nn.Module) -> Any:
     Raises:
         MethodError: If the forward pass cannot be traced, with the cause.
     """
-    where = torch.arange(min(TRACED, len(task.records)))
-    inputs = next(iter(task.records.batches([where], torch.device("cpu")))).inputs
+    inputs = examples(task, TRACED)
     for p in twin.parameters():
         p.requires_grad_(p.is_floating_point())
     graph = _tp().DependencyGraph()

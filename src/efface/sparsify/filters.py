@@ -14,6 +14,7 @@ from efface.data import Batch
 from efface.errors import MethodError, MismatchError, listed, nearest
 from efface.fitting import Fit
 from efface.mask import Mask
+from efface.sparsify.block_criteria import BLOCK_CRITERIA, block_scores
 from efface.sparsify.criteria import CRITERIA
 from efface.sparsify.groups import Group, filter_groups, kept_filters, mask_of
 from efface.sparsify.norms import NORMS
@@ -21,9 +22,9 @@ from efface.sparsify.parts import denser, scope_of, score, shown, sparsity_withi
 from efface.sparsify.selection import highest, narrow
 from efface.trained import TrainedModel
 
-FILTER_CRITERIA: Mapping[str, Callable[[Tensor], Tensor]] = NORMS
-"""Criteria for whole filters: vectors float64 ``[size, d]`` → scores ``[size]``; those for weights
-can be summed over a filter besides (see :func:`filter_scores`)."""
+FILTER_CRITERIA: Mapping[str, Any] = {**NORMS, **BLOCK_CRITERIA}
+"""Criteria for whole filters: norms of their weights, and what they carry of records; those for
+weights can be summed over a filter besides (see :func:`filter_scores`)."""
 
 
 def filter_scores(
@@ -37,7 +38,8 @@ def filter_scores(
     Args:
         name: ``l1`` or ``l2`` norm (Li et al. 2017; He et al. 2018), ``geometric-median`` (the sum
             of the distances to the other filters of the group; He et al. 2019), ``magnitude``
-            (``l2``), or another criterion for weights, whose scores are summed.
+            (``l2``), one of :data:`~efface.sparsify.block_criteria.BLOCK_CRITERIA`, or another
+            criterion for weights, whose scores are summed.
         trained: The model.
         groups: Of its network.
         batches: What :func:`efface.sparsify.parts.shown` gives for the criterion.
@@ -47,7 +49,7 @@ def filter_scores(
         Group name → float64 ``[size]``, on the CPU.
 
     Raises:
-        MethodError: If the criterion is unknown.
+        MethodError: If the criterion is unknown, or cannot score this network.
 
     Example:
         ``filter_scores("l2", trained, filter_groups(task, trained.network).prunable, [], fit)``
@@ -57,9 +59,13 @@ def filter_scores(
         raise MethodError(f"criterion {name!r} is unknown; {nearest(name, known)}")
     if name == "magnitude":
         name = "l2"
-    if name in FILTER_CRITERIA:
+    if name in BLOCK_CRITERIA:
+        seen = [batch.positions.cpu() for batch in batches]
+        found = block_scores(name, trained, torch.cat(seen or [torch.empty(0)]).long(), fit)
+        return {group.name: found[group.name] for group in groups}
+    if name in NORMS:
         values: Mapping[str, Tensor] = dict(trained.network.named_parameters())
-        measure = FILTER_CRITERIA[name]
+        measure: Callable[[Tensor], Tensor] = NORMS[name]
     else:
         values, measure = score(name, trained, batches, fit), _total
     return {group.name: measure(vectors(group, values)) for group in groups}

@@ -18,6 +18,7 @@ from efface.errors import MethodError, NeedsError, listed, nearest
 from efface.fitting import Fit, History
 from efface.mask import Mask, scope_names
 from efface.replay import initial_weights
+from efface.sparsify.block_criteria import BLOCK_CRITERIA
 from efface.sparsify.criteria import CRITERIA, Criterion
 from efface.sparsify.norms import NORMS
 from efface.sparsify.selection import check_granularity, dead_layers
@@ -69,10 +70,11 @@ def check_pruner(pruner: Any) -> None:
     if lr is not None and not 0 < lr < math.inf:
         raise MethodError(f"lr must be positive, not {lr}.")
     criterion = options.get("criterion", "magnitude")
-    if criterion not in CRITERIA and criterion not in NORMS:
-        hint = nearest(criterion, [*CRITERIA, *NORMS])
+    whole = (*NORMS, *BLOCK_CRITERIA)
+    if criterion not in CRITERIA and criterion not in whole:
+        hint = nearest(criterion, [*CRITERIA, *whole])
         raise MethodError(f"criterion {criterion!r} is unknown; {hint}")
-    if criterion in NORMS and pruner.granularity != "filter":
+    if criterion in whole and pruner.granularity != "filter":
         raise MethodError(
             f"{pruner.name}: criterion {criterion!r} scores whole filters; take granularity=filter."
         )
@@ -135,7 +137,7 @@ def shown(name: str, positions: Tensor, fit: Fit) -> list[Batch]:
     Up to ten records of each class (512 at most), drawn from the positions, un-augmented, in
     batches of the task's size.
     """
-    if name in NORMS or not CRITERIA[name].needs_data:
+    if name in NORMS or (name in CRITERIA and not CRITERIA[name].needs_data):
         return []
     plan = chunks(score_records(positions, fit), fit.task.fit.batch_size)
     return list(fit.task.records.batches(plan, fit.device))

@@ -50,7 +50,8 @@ class OMP:
 
     Args:
         sparsity: Fraction of the scope to prune, in [0, 1).
-        criterion: Name of the criterion; for filters also ``l1``, ``l2``, ``geometric-median``.
+        criterion: Name of the criterion; for filters also ``l1``, ``l2``, ``geometric-median``,
+            ``block-fisher``, ``block-taylor``, ``block-activation``.
         granularity: ``global``, ``layer``, a pattern such as ``2:4``, or ``filter``.
         scope: ``weights`` (two or more dimensions, without the classifier), ``conv`` or ``all``.
         to: Go back to the ``rewind`` weights, the ``initial`` ones, or ``none`` (stay).

@@ -26,7 +26,8 @@ class OneShot:
 
     Args:
         sparsity: Fraction of the scope to prune, in [0, 1).
-        criterion: Name of the criterion; for filters also ``l1``, ``l2``, ``geometric-median``.
+        criterion: Name of the criterion; for filters also ``l1``, ``l2``, ``geometric-median``,
+            ``block-fisher``, ``block-taylor``, ``block-activation``.
         granularity: Compare scores over all weights (``global``), per weight (``layer``), or within
             groups (``2:4`` keeps 2 of every 4 inputs); or prune whole filters (``filter``), the
             same fraction of every group.

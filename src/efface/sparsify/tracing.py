@@ -65,15 +65,21 @@ class Found:
         return self.weights[0][0]
 
 
+def examples(task: Task, count: int = SHOWN) -> Any:
+    """Inputs to trace a forward pass with: test records, which no request ever removes."""
+    records = task.test_records
+    where = torch.linspace(0, len(records) - 1, min(count, len(records))).long()
+    return next(iter(records.batches([where], torch.device("cpu")))).inputs
+
+
 def trace(task: Task, network: nn.Module) -> list[Found]:
     """All groups of a network, in its order, and the reason where one is kept whole.
 
     Raises:
         MethodError: If the forward pass cannot be traced.
     """
-    twin = _twin(network)
-    where = torch.linspace(0, len(task.records) - 1, min(SHOWN, len(task.records))).long()
-    inputs = next(iter(task.records.batches([where], torch.device("cpu")))).inputs
+    twin = redrawn(network)
+    inputs = examples(task)
     with preserved(twin), torch.inference_mode(False), torch.enable_grad():
         names = _Names(twin, classifier_name(twin, task.classifier))
         found = _groups(task, twin, inputs, names)
@@ -83,7 +89,7 @@ def trace(task: Task, network: nn.Module) -> list[Found]:
     return sorted(found, key=lambda f: names.place.get(f.layers[0], 0))
 
 
-def _twin(network: nn.Module) -> nn.Module:
+def redrawn(network: nn.Module) -> nn.Module:
     """A copy whose weights are drawn anew, so that what is found does not depend on them."""
     twin = copy.deepcopy(network).cpu().eval()
     for name, p in twin.named_parameters():

@@ -18,7 +18,6 @@ from efface.errors import MethodError
 from efface.fitting import Fit
 from efface.mask import Mask
 from efface.placement import placed, preserved
-from efface.sparsify.criteria import CRITERIA
 from efface.sparsify.filters import filter_scores, vectors
 from efface.sparsify.groups import Group, filter_groups, is_structured, kept_filters, mask_of
 from efface.sparsify.parts import score, shown
@@ -85,7 +84,7 @@ class Units:
         self, criterion: str, trained: TrainedModel, positions: Tensor, fit: Fit
     ) -> dict[str, Tensor]:
         """How much each of them matters in a model, whatever its mask says, on the CPU."""
-        batches = shown(criterion, positions, fit) if criterion in CRITERIA else []
+        batches = shown(criterion, positions, fit)
         if self.groups is None:
             found = score(criterion, trained, batches, fit)
             return {name: found[name].cpu() for name in self.alive}

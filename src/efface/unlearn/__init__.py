@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 from efface.errors import MethodError, nearest
-from efface.options import check_known, convert, in_words, merged
+from efface.options import changed, check_known, convert, in_words, merged
 from efface.sparsify import PRUNERS, Pruner, build_pruner
 from efface.unlearn.amnesiac import Amnesiac, AmnesiacControl
 from efface.unlearn.ascent import GradientAscent, NegGradPlus
@@ -26,11 +26,15 @@ from efface.unlearn.base import (
     needs_of,
     to_json,
 )
+from efface.unlearn.boundary import BoundaryExpand, BoundaryShrink
 from efface.unlearn.certified import Certified
+from efface.unlearn.class_pruning import ClassPruning
+from efface.unlearn.dfmu import DFMU
 from efface.unlearn.difference import CheckpointDifference
 from efface.unlearn.finetune import FineTune, L1Sparse
 from efface.unlearn.fisher import FisherForgetting
 from efface.unlearn.from_dense import FromDense
+from efface.unlearn.frugal import Frugal
 from efface.unlearn.influence import Influence
 from efface.unlearn.logit_off import LogitOff
 from efface.unlearn.partial import LayerwisePartial
@@ -44,17 +48,23 @@ from efface.unlearn.scrub import Scrub
 from efface.unlearn.sfron import SFRon
 from efface.unlearn.ssd import SSD
 from efface.unlearn.unprune import Unprune
+from efface.unlearn.unsir import Unsir
 
 __all__ = [
+    "DFMU",
     "SSD",
     "Amnesiac",
     "AmnesiacControl",
+    "BoundaryExpand",
+    "BoundaryShrink",
     "Certified",
     "Chain",
     "CheckpointDifference",
+    "ClassPruning",
     "FineTune",
     "FisherForgetting",
     "FromDense",
+    "Frugal",
     "GradientAscent",
     "Influence",
     "L1Sparse",
@@ -72,6 +82,7 @@ __all__ = [
     "Scrub",
     "Unlearner",
     "Unprune",
+    "Unsir",
     "build",
     "catalogue",
     "check_needs",
@@ -89,6 +100,7 @@ ALIASES = {
     "ff": "fisher-forgetting",
     "iu": "influence",
     "cu": "certified",
+    "tf-idf": "class-pruning",
 }
 
 
@@ -156,6 +168,8 @@ def build(name: str, options: Mapping[str, Any] | None = None) -> Any:
         hint = hints[option]
         if hint in (Unlearner, Pruner):
             values[option] = _nested(name, option, value, fields[option])
+        elif isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            values[option] = _grouped(name, option, value, hint)
         else:
             values[option] = convert(name, option, value, hint)
     missing = [
@@ -188,14 +202,30 @@ def _nested(name: str, option: str, value: Any, field: dataclasses.Field[Any]) -
     if isinstance(value, str | Mapping):
         options = {"method": value} if isinstance(value, str) else dict(value)
         kind = options.pop("method", None)
-        if kind is None and field.default_factory is not dataclasses.MISSING:
-            kind = field.default_factory().name
+        if field.default_factory is not dataclasses.MISSING:
+            usual = field.default_factory()
+            if kind is None or ALIASES.get(str(kind), kind) == usual.name:  # what is left out stays
+                own = {f.name: getattr(usual, f.name) for f in dataclasses.fields(usual)}
+                kind, options = usual.name, merged(own, options)
         inner = build(str(kind), options)
     wanted: Any = Pruner if option == "pruner" else Unlearner
     if not isinstance(inner, wanted):
         what = f"a pruner ({', '.join(PRUNERS)})" if wanted is Pruner else "a method"
         raise MethodError(f"{name}: {option} must be {what}, not {value!r}.")
     return inner
+
+
+def _grouped(name: str, option: str, value: Any, cls: type[Any]) -> Any:
+    """A group of options: an object, or some of its options as a mapping."""
+    if isinstance(value, cls):
+        return value
+    if not isinstance(value, Mapping):
+        raise MethodError(
+            f"{name}: {option} is a group of options; give one of them, such as "
+            f"{option}.{dataclasses.fields(cls)[0].name}=…, not {value!r}."
+        )
+    options = {key: one for key, one in value.items() if key != "method"}
+    return changed(f"{name}: {option}", cls(), options)
 
 
 def catalogue(name: str | None = None) -> list[dict[str, Any]]:
@@ -235,19 +265,28 @@ def pruners() -> list[dict[str, Any]]:
 
 
 def _entry(cls: type[Any]) -> dict[str, Any]:
-    hints = typing.get_type_hints(cls)
-    options = [
-        {"name": f.name, "type": in_words(hints[f.name]), "default": _default(f)}
-        for f in dataclasses.fields(cls)
-    ]
     return {
         "name": cls.name,
         "title": cls.title,
         "paper": cls.paper,
         "needs": sorted(_needs(cls)),
-        "options": options,
+        "options": _listed(cls),
         "doc": inspect.getdoc(cls) or "",
     }
+
+
+def _listed(cls: type[Any]) -> list[dict[str, Any]]:
+    """Options of a class; those of a group after its name and a dot."""
+    hints = typing.get_type_hints(cls)
+    options: list[dict[str, Any]] = []
+    for f in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[f.name]):
+            group = _listed(hints[f.name])
+            options += [o | {"name": f"{f.name}.{o['name']}"} for o in group]
+        else:
+            kind = in_words(hints[f.name])
+            options.append({"name": f.name, "type": kind, "default": _default(f)})
+    return options
 
 
 def _preset(name: str) -> dict[str, Any]:

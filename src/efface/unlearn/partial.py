@@ -303,8 +303,9 @@ class LayerwisePartial:
             would be noted as gone.
         fraction: Share of the entries that may move, in (0, 1].
         pick: Which: ``random`` ones; a ``block`` of neighbours, which moves on from step to step;
-            the largest by ``magnitude``, by ``gradient`` (|∇| on D_f), or by ``saliency`` (that
-            over |∇ CE(D_r)| + ε, where ε is the tensor's mean of the latter).
+            the largest by ``magnitude``, by ``gradient`` (|∇| on D_f), by ``saliency`` (that
+            over |∇ CE(D_r)| + ε, where ε is the tensor's mean of the latter), or by ``dfmu`` (how
+            much more their filter carries of D_f than of D_r; with ``redraw=fixed`` only).
         redraw: Anew at every ``step`` (by gradient or saliency: of the gradient of that very step;
             by magnitude: of the weights as they are), or once (``fixed``), in the trained model.
             The first reaches every weight in the end, the second changes no more than the fraction.
@@ -324,11 +325,17 @@ class LayerwisePartial:
     def __post_init__(self) -> None:
         if not 0 < self.fraction <= 1:
             raise MethodError(f"{self.name}: fraction must be in (0, 1], not {self.fraction!r}.")
+        if self.pick == "dfmu" and self.redraw != "fixed":
+            raise MethodError(
+                f"{self.name}: pick=dfmu scores the filters of the trained model, once; take "
+                "redraw=fixed with it."
+            )
 
     @property
     def needs(self) -> frozenset[str]:
         """What the choice looks at."""
-        read = {"gradient": {"forget"}, "saliency": {"forget", "retain"}}
+        both = {"forget", "retain"}
+        read = {"gradient": {"forget"}, "saliency": both, "dfmu": both}
         return frozenset(read.get(self.pick, ()))
 
     def check(self, trained: TrainedModel, split: Split) -> None:

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from efface.curvature import gradient
 from efface.fitting import Fit
+from efface.sparsify.blocks import BlockScore, carried, draw, find_blocks, weigh
 from efface.task import Split
 from efface.trained import TrainedModel
 
-Pick = Literal["random", "block", "magnitude", "gradient", "saliency"]
+Pick = Literal["random", "block", "magnitude", "gradient", "saliency", "dfmu"]
 Redraw = Literal["step", "fixed"]
 Scope = Literal["layer", "global"]
 CPU, PLAIN = torch.device("cpu"), (torch.float32, torch.float64)
@@ -144,6 +145,8 @@ class Rule:
         if self.pick == "magnitude":
             params = network.named_parameters()
             return {n: p.detach().abs() for n, p in params if p.requires_grad}
+        if self.pick == "dfmu":
+            return ratios(trained, split, fit)
         slope = gradient(fit, network, split.forget, stream="forget")
         found = {name: g.abs() for name, g in slope.items()}
         if self.pick == "gradient":
@@ -209,6 +212,27 @@ def floor(trained: TrainedModel, split: Split, fit: Fit) -> dict[str, Tensor]:
     slope = gradient(fit, trained.network, split.retain, stream="retain")
     found = {name: g.abs() for name, g in slope.items()}
     return {name: g + (g.mean() or 1.0) for name, g in found.items()}
+
+
+def ratios(trained: TrainedModel, split: Split, fit: Fit) -> dict[str, Tensor]:
+    """What DFMU chooses by: I_f/I_r of its filter, for every parameter's entry.
+
+    Scored as :class:`~efface.sparsify.blocks.BlockScore` has it, on a sample of D_f and of D_r,
+    with one forward and one backward pass. What belongs to no filter (the output layer) scores 0.
+    """
+    network, score = trained.network, BlockScore()
+    blocks = find_blocks(trained.task, network, "filter")
+    forget = draw(fit, split.forget, score.sample, "scored/forget")
+    retain = draw(fit, split.retain, score.sample, "scored/retain")
+    ratio = weigh(carried(network, blocks, score, forget, retain, fit), blocks).ratio.float()
+    found = {n: torch.zeros(p.shape, device=p.device) for n, p in network.named_parameters()}
+    parts = torch.split(ratio, [group.size for group in blocks.groups])
+    for group, own in zip(blocks.groups, parts, strict=True):
+        for name, rows in group.members:
+            whole = found[name].reshape(len(found[name]), -1)  # a view: filters are its rows
+            for places in rows.reshape(group.size, -1).T:
+                whole[places.to(whole.device)] = own.to(whole)[:, None]
+    return found
 
 
 def selected(
