@@ -26,6 +26,7 @@ from efface.sparsify import OneShot, Pruner
 from efface.task import Settings
 from efface.trained import weights_digest
 from efface.unlearn import (
+    DFMU,
     Chain,
     ClassPruning,
     FineTune,
@@ -69,6 +70,7 @@ REFUSED = {  # there is no mask in the dense weights; a density that is gone can
     ("from-dense", "from-dense"): "nothing is pruned",
     ("from-dense", "unprune"): "nothing is pruned",
     ("unprune", "prune-first"): "pruned further",
+    ("unprune", "dfmu"): "pruned further",
     **{(w, "replay"): "put from-dense around" for w, _ in WRAPPERS if w != "from-dense"},
     **{
         ("layerwise-partial", n): "reads the training's log"
@@ -210,7 +212,8 @@ def test_mask_is_exact_afterwards(
         return
     after = efface.forget(model, split, method, seed=1)
     assert after.mask is not None
-    brings_its_own = isinstance(method, PruneFirst | Masked | Unprune | FromDense | ClassPruning)
+    own = PruneFirst | Masked | Unprune | FromDense | ClassPruning | DFMU
+    brings_its_own = isinstance(method, own)
     assert brings_its_own or after.mask == model.mask
     if isinstance(method, Unprune | FromDense):
         kept = [layer["kept"] for layer in model.mask.layers()]
